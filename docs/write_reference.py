@@ -25,11 +25,13 @@ from firth.cli import app
 from firth.model.config import ModelConfig
 from firth.pipelines.pipeline import KINDS
 from firth.pipelines.tuning import TrainRecipe
+from firth.runs import recipe_names
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS
 from firth.runs.recipe import Recipe
 from firth.runs.recipe_fields import default, described, kind_of, summary
 from firth.runs.recipe_names import RECIPES
+from firth.types import UserError
 
 PAGES = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/write_reference.py: change the code, not this page. -->\n\n"
@@ -141,14 +143,25 @@ def recipes() -> str:
         "",
         "`firth train NAME` takes the tiny size, `firth train NAME:SIZE` another.",
         "",
-        "| name | |",
-        "|---|---|",
+        "| name | | sizes |",
+        "|---|---|---|",
     ]
-    for name, place in RECIPES.items():
-        module, function = place.split(":")
-        text = summary(getattr(importlib.import_module(module), function)).removeprefix("Return ")
-        lines.append(f"| `{name}` | {text[0].upper()}{text[1:]} |")
+    for name in RECIPES:
+        lines.append(f"| `{name}` | {recipe_names.summary(name)} | {sizes(name)} |")
     return "\n".join([*lines, ""])
+
+
+def sizes(name: str) -> str:
+    """Return the sizes of a recipe, as its error lists them; empty if it comes in one size."""
+    module, function = RECIPES[name].split(":")
+    make = getattr(importlib.import_module(module), function)
+    if "size" not in inspect.signature(make).parameters:
+        return ""
+    try:
+        make("?")
+    except UserError as error:
+        return str(error).rpartition("there is ")[2]
+    raise AssertionError(f"{name} accepts any size")
 
 
 def python_api() -> str:

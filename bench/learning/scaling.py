@@ -40,6 +40,8 @@ from firth.scaling.sizes import scaled
 from firth.tokenizer.tokenizer import Tokenizer
 
 CORPORA = ("sotu", "wordnet", "brown")
+MORE_CORPORA = ("gcide", "anarchism")
+"""Corpora that the encoders read too: the smallest need more than twice the tokens of the decoders."""
 COMMON = ("tokenizer.vocab_size=1024", "examples.max_length=128", "batch.size=8", "evaluation.max_examples=512")
 GRID = {
     "3e10": "16,24,32,40,48",
@@ -50,8 +52,8 @@ GRID = {
 ENCODER_GRID = {
     "3e11": "16,24,32,40,48",
     "6e11": "16,24,32,40,48",
-    "1.2e12": "16,24,32,40,48",
-    "2.4e12": "24,32,40,48,64",
+    "1.2e12": "24,32,40,48,64",
+    "2.4e12": "32,40,48,64,96",
 }
 """Budget -> widths."""
 LARGEST = {"decoder": "2e12", "encoder": "4.8e12"}
@@ -91,7 +93,7 @@ ENCODER_WIDTH, ENCODER_STARTS = (
     },
 )
 """Width, and settings of runs over some 2 M tokens. The recipe has one head and one layer at this width."""
-UNSEEN, MINUTES = "shakespeare", 2
+UNSEEN, MINUTES = "anarchism", 2
 """The text of the plan that is followed, and the minutes of the run."""
 
 
@@ -117,9 +119,10 @@ def firth(*words: str, processes: int = 0) -> str:
     return "".join(lines)
 
 
-def text() -> str:
-    """Return the setting of the data: the files of three corpora."""
-    return f"data.path=[{','.join(path for name in CORPORA for path in catalog.paths(name, print))}]"
+def text(part: str = "decoder") -> str:
+    """Return the setting of the data: the files of the corpora of a part."""
+    names = (*CORPORA, *MORE_CORPORA) if part == "encoder" else CORPORA
+    return f"data.path=[{','.join(path for name in names for path in catalog.paths(name, print))}]"
 
 
 def sweep(out: Path, part: str, grid: Mapping[str, str] | None = None) -> None:
@@ -127,7 +130,7 @@ def sweep(out: Path, part: str, grid: Mapping[str, str] | None = None) -> None:
     recipe, all_sizes, own = PARTS[part]
     for budgets, sizes in (grid or all_sizes).items():
         options = ["--sizes", sizes, "--budgets", budgets, "--max-epochs", "1", "--out", str(out / part)]
-        firth("scale", "run", recipe, text(), *COMMON, *own, *options, processes=PROCESSES)
+        firth("scale", "run", recipe, text(part), *COMMON, *own, *options, processes=PROCESSES)
 
 
 def rows(table: Path) -> list[dict[str, Any]]:

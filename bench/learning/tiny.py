@@ -1,18 +1,16 @@
-"""What the tiny T5, BERT, ALBERT, ELECTRA and ELMo learn of what their papers claim, on held-out text. CPU.
+"""What the tiny T5, BERT, ALBERT and ELECTRA learn of what their papers claim, on held-out text. CPU.
 
     python -m bench.learning.tiny --run                     # three seeds of all; two to three minutes each on two cores; resumable
     python -m bench.learning.tiny --run --only t5 --limit 1     # one new run of some
-    python -m bench.learning.tiny --run --only words        # what the words of the same sentence pairs tell without a model
     python -m bench.learning.tiny --table                   # markdown for docs/results/tiny-recipes.md
 
 t5        nats per dropped token that is no sentinel, below the frequencies of such tokens; the same for the first token of each
           span, for which the decoder has nothing but the encoder; and what `firth fill` writes
-bert      accuracy of NSP, and of ALBERT's SOP, on all held-out pairs; the masked loss below the frequencies of tokens
-albert
+bert      accuracy of NSP, and of ALBERT's SOP, on all held-out pairs that are split between two sentences (and with any split;
+albert    and unmasked); the masked loss below the frequencies of tokens
 electra   area under the ROC curve of the detector on all held-out tokens
-elmo      parts of speech of held-out words, read by a linear layer from a mixture of frozen layers: ELMo, the same model
-          untrained, and word vectors that were trained for the same seconds of processor time (`bench.learning.recurrent`)
-words     logistic regressions on the same pairs: overlap of rare words (NSP), words of each segment and at their ends (SOP)
+
+ELMo's tags are in `bench.learning.recurrent`.
 
 Each run is a run directory and a JSON in runs/learn_tiny. Intervals are 95% t intervals over seeds.
 """
@@ -31,12 +29,12 @@ import numpy as np
 import torch
 
 from bench.harness import MAX_OTHER_LOAD, busy_seconds, describe, machine, other_load
-from bench.learning import recurrent
 from firth.data.collate import Batches
-from firth.data.source import Source
+from firth.data.source import Source, SubsetSource
+from firth.data.windows import Documents, SegmentPairsConfig
 from firth.evaluate import metrics
 from firth.model.model import LM
-from firth.objectives.objective import supervised
+from firth.objectives.objective import components, supervised
 from firth.pretrained.load_save import load_model
 from firth.runs import examples
 from firth.runs.inference import open_model
@@ -164,152 +162,34 @@ def pairs(name: str) -> Callable[[int], dict[str, Any]]:
     def study(seed: int) -> dict[str, Any]:
         done = train(name, name, seed)
         trained = Trained.of(done.directory)
-        found = trained.measure()
-        accuracy = next(value for key, value in found.items() if key.endswith("_accuracy"))
-        return (
-            timed(done)
-            | below_frequencies(trained)
-            | {"accuracy": accuracy, "pairs": len(trained.held_out), "loss": found["loss"]}
-        )
+        found, between = trained.measure(), whole_sentences(trained)
+        split = replace(trained, held_out=SubsetSource(trained.held_out, between))
+        pair_task = replace(trained.recipe, objective=components(trained.recipe.objective)[0])
+        scores = {
+            "accuracy": accuracy_of(split.measure()), "any split": accuracy_of(found),
+            "unmasked": accuracy_of(replace(split, recipe=pair_task).measure()),
+            "pairs": len(between), "pairs with any split": len(trained.held_out), "loss": found["loss"],
+        }  # fmt: skip
+        return timed(done) | below_frequencies(trained) | scores
 
     return study
+
+
+def whole_sentences(trained: Trained) -> np.ndarray:
+    """Return the held-out pairs that are split between two sentences."""
+    kind, documents = trained.recipe.examples, trained.held_out
+    assert isinstance(kind, SegmentPairsConfig) and isinstance(documents, Documents)
+    return np.array([i for i in range(len(documents)) if kind.splits_sentences(documents, i)])
+
+
+def accuracy_of(found: dict[str, float]) -> float:
+    return next(value for key, value in found.items() if key.endswith("_accuracy"))
 
 
 def electra(seed: int) -> dict[str, Any]:
     done = train("electra", "electra", seed)
     found = Trained.of(done.directory).measure()
     return timed(done) | found
-
-
-# ------------------------------------------------------------------------------- pairs without a model
-
-
-def words(seed: int) -> dict[str, Any]:
-    """Return the held-out accuracy of regressions on the words of the pairs of the tiny BERT and ALBERT."""
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import MaxAbsScaler
-
-    scores: dict[str, Any] = {}
-    for name, features in (("bert", overlap), ("albert", order_words)):
-        directory = RESULTS / "work" / f"{name}-0"
-        recipe, tokenizer = load_resolved(directory), Tokenizer.load(directory)
-        splits = examples.build_datasets(recipe.examples, RunData(recipe.data, tokenizer, directory), recipe.objective)
-        assert splits.validation is not None
-        train_pairs, test_pairs = (
-            [source[i] for i in range(len(source))]
-            for source in (examples.spread(splits.train, 8000), splits.validation)
-        )
-        rare = inverse_frequency(train_pairs, tokenizer.vocab.size)
-        x, y = features(train_pairs, rare, np.random.default_rng(seed))
-        tested, labels = features(test_pairs, rare, np.random.default_rng(seed + 100))
-        fit = make_pipeline(MaxAbsScaler(), LogisticRegressionCV(np.logspace(-3, 1, 5), cv=3, max_iter=300)).fit(x, y)
-        scores |= {name: float(fit.score(tested, labels)), f"{name}_pairs": len(labels)}
-    return scores
-
-
-def inverse_frequency(pairs_: Sequence[dict[str, np.ndarray]], size: int) -> np.ndarray:
-    """Return log(pairs / pairs with the token) of each token."""
-    count = np.ones(size)
-    for pair in pairs_:
-        count[np.unique(np.concatenate((pair["first"], pair["second"])))] += 1
-    rarity: np.ndarray = np.log((len(pairs_) + 1) / count)
-    return rarity
-
-
-def overlap(
-    pairs_: Sequence[dict[str, np.ndarray]], rare: np.ndarray, rng: np.random.Generator
-) -> tuple[Any, np.ndarray]:
-    """Return features of NSP pairs, half of them with the random segment: tf-idf cosine, shared tokens, lengths."""
-    rows, labels = [], []
-    for pair in pairs_:
-        random = bool(rng.random() < 0.5)
-        first, second = pair["first"], pair["other" if random else "second"]
-        a, b = (np.log1p(np.bincount(side, minlength=len(rare))) * rare for side in (first, second))
-        shared = np.sort(rare[np.intersect1d(first, second)])[::-1]
-        cosine = a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-9)
-        rows.append([cosine, shared.sum(), shared[:3].sum(), shared[:1].sum(), len(shared), len(first), len(second)])
-        labels.append(random)
-    return np.array(rows), np.array(labels)
-
-
-def order_words(
-    pairs_: Sequence[dict[str, np.ndarray]], rare: np.ndarray, rng: np.random.Generator
-) -> tuple[Any, np.ndarray]:
-    """Return features of SOP pairs, half of them swapped: the tokens of each segment, and those at their ends."""
-    from scipy.sparse import csr_matrix
-
-    size, rows, columns, labels = len(rare), [], [], []
-    for i, pair in enumerate(pairs_):
-        swapped = bool(rng.random() < 0.5)
-        sides = (pair["second"], pair["first"]) if swapped else (pair["first"], pair["second"])
-        where = [np.unique(sides[0]), np.unique(sides[1]) + size]
-        where += [
-            np.array([side[at]]) + size * (2 + 2 * n + m)
-            for n, side in enumerate(sides)
-            for m, at in enumerate((0, -1))
-        ]
-        found = np.concatenate(where)
-        columns.append(found)
-        rows.append(np.full(len(found), i))
-        labels.append(swapped)
-    at = (np.concatenate(rows), np.concatenate(columns))
-    return csr_matrix((np.ones(len(at[0])), at), shape=(len(pairs_), 6 * size)), np.array(labels)
-
-
-# ------------------------------------------------------------------------------- ELMo
-
-
-def cpu_seconds_per_step(name: str, recipe: str, settings: Sequence[str], steps: int = 60) -> float:
-    """Return the processor seconds of a step: of `steps` steps, less those of a run of two."""
-    spent = []
-    for count in (2, steps):
-        began = time.process_time()
-        short = [*settings, f"max_steps={count}", "evaluation.every=0", "checkpoint.every=0", "sample_prompts=[]"]
-        run(load(recipe, short), RESULTS / "work" / f"{name}-clock-{count}", log=print)
-        spent.append(time.process_time() - began)
-    return (spent[1] - spent[0]) / (steps - 2)
-
-
-def elmo(seed: int) -> dict[str, Any]:
-    folder = recurrent.prepare_data()
-    text = f"data.path={folder}/text"
-    vectors = (text, "tokenizer.algorithm=word", "tokenizer.vocab_size=20000", "evaluation.every=0")
-    done = train("elmo", "elmo", seed, [text])
-    clock = RESULTS / "clock.json"
-    if not clock.exists():
-        found = {
-            "elmo": cpu_seconds_per_step("elmo", "elmo", [text, f"tokenizer.path={done.directory}"]),
-            "word2vec": cpu_seconds_per_step("word2vec", "word2vec", vectors),
-        }
-        clock.write_text(json.dumps(found), "utf-8")
-    cost = json.loads(clock.read_text("utf-8"))
-    steps = round(done.steps * cost["elmo"] / cost["word2vec"])
-    word_vectors = train("word2vec", "word2vec", seed, [*vectors, f"max_steps={steps}"])
-    task = (
-        f"data.path={folder}/tagged.jsonl",
-        f"data.validation_path={folder}/scored_tags.jsonl",
-        "examples.max_length=64",
-    )
-    untrained = train(
-        "elmo-untrained", "elmo", seed, [text, f"tokenizer.path={done.directory}", *recurrent_untrained()]
-    )
-    scores: dict[str, Any] = timed(done) | {"word2vec_steps": steps}
-    for name, start in (("ELMo", done), ("untrained", untrained), ("word vectors", word_vectors)):
-        tags = train(f"tags-{name.replace(' ', '-')}", "token_features", seed, [*task, f"init_from={start.directory}"])
-        scores[name] = tags.metrics["valid/accuracy"]
-    return scores
-
-
-def recurrent_untrained() -> list[str]:
-    """Return the settings of a run that changes nothing."""
-    return [
-        "optimizer.lr=1e-12",
-        "optimizer.embedding_lr=0",
-        "optimizer.scalar_lr=0",
-        "max_steps=1",
-        "evaluation.every=0",
-    ]
 
 
 # ------------------------------------------------------------------------------- runs and tables
@@ -320,16 +200,14 @@ def timed(done: RunResult) -> dict[str, Any]:
 
 
 STUDIES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "t5": t5, "bert": pairs("bert"), "albert": pairs("albert"), "electra": electra, "elmo": elmo, "words": words,
+    "t5": t5, "bert": pairs("bert"), "albert": pairs("albert"), "electra": electra,
 }  # fmt: skip
 
 COLUMNS = {
     "t5": ("gap", "first_gap", "nats", "frequency_nats", "right", "loss"),
-    "bert": ("accuracy", "gap", "nats"),
-    "albert": ("accuracy", "gap", "nats"),
+    "bert": ("accuracy", "any split", "unmasked", "gap", "nats"),
+    "albert": ("accuracy", "any split", "unmasked", "gap", "nats"),
     "electra": ("auc", "loss/generator", "guessed", "replaced_share", "replaced_accuracy", "original_accuracy"),
-    "elmo": ("ELMo", "word vectors", "untrained"),
-    "words": ("bert", "albert"),
 }
 """Study -> the scores of its table."""
 

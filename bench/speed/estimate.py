@@ -2,7 +2,7 @@
 
     python -m bench.speed.estimate                       # all cases; writes runs/bench-estimate.json and prints the table
     python -m bench.speed.estimate --only gpt dpo --sizes tiny
-    python -m bench.speed.estimate --seconds 500         # the first cases that are not measured yet, for some 500 s
+    python -m bench.speed.estimate --what predict measure --seconds 500   # only the memory; what is missing yet, for some 500 s
     python -m bench.speed.estimate --table               # the table of the last run
 
 Each case is a process of its own. Memory: the peak resident size of training (VmHWM) minus the resident size before the model
@@ -18,19 +18,22 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import fcntl
 import gc
 import itertools
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from firth.corpora import catalog, readers
+from firth.runs.estimate import PreparedRun
 from firth.runs.recipe import Recipe, load, published
 from firth.runs.recipe_names import RECIPES
 
@@ -156,54 +159,80 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def case(name: str, size: str, timed: bool) -> dict[str, Any]:
-    """Predict and measure one case, in this process; without `timed` only its memory."""
+def train(run: PreparedRun, steps: int) -> float:
+    """Train some steps of a case and return the seconds."""
     import torch
 
-    from firth.runs.estimate import PreparedRun, prepared
-    from firth.runs.step_estimate import step_estimate
-    from firth.runs.timing import time_steps
     from firth.training import trainer
     from firth.training.logging import NullReporter
     from firth.training.schedule import Budget
     from firth.training.trainer import TrainerConfig
 
-    steps, recipe = STEPS[size], recipe_of(name, size)
+    torch.manual_seed(0)
+    model = run.build()
+    with tempfile.TemporaryDirectory() as place:
+        config = TrainerConfig(save_every=0, precision=run.recipe.precision)
+        result = trainer.train(
+            model, run.recipe.objective, run.batches, Path(place), budget=Budget(max_steps=steps),
+            optimizer=run.recipe.optimizer, schedule=run.recipe.schedule, config=config, reporter=NullReporter(),
+        )  # fmt: skip
+    return result.seconds
 
-    def train(run: PreparedRun, count: int) -> float:
-        torch.manual_seed(0)
-        model = run.build()
-        with tempfile.TemporaryDirectory() as place:
-            config = TrainerConfig(save_every=0, precision=run.recipe.precision)
-            result = trainer.train(
-                model, run.recipe.objective, run.batches, Path(place), budget=Budget(max_steps=count),
-                optimizer=run.recipe.optimizer, schedule=run.recipe.schedule, config=config, reporter=NullReporter(),
-            )  # fmt: skip
-        return result.seconds
 
-    with prepared(recipe, lambda _: None) as run:
-        sampled, kept = run.sample()
-        step = step_estimate(run.build, run.recipe, sampled, kept, run.batches.source)
-        _warm_up(run.recipe)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        base = _status("VmRSS")
-        seconds = [train(run, steps)]
-        measured = _status("VmHWM") - base
-        predicted = []
-        for _ in range(ROUNDS if timed else 0):
-            times = time_steps(run.build(), run.recipe, run.batches)
-            predicted.append(steps * (times.per_flop * step.flops + times.optimizer + times.rollouts))
-            seconds.append(train(run, steps))
-    found = {
-        "name": name, "size": size, "steps": steps, "parameters": step.parameters, "precision": run.recipe.precision,
-        "memory": dataclasses.asdict(step.memory), "predicted_bytes": step.peak_of_run(steps), "measured_bytes": measured,
-        "base_bytes": base,
-    }  # fmt: skip
-    if timed:
-        found |= {"predicted_seconds": min(predicted), "measured_seconds": min(seconds)}
-    return found
+def predict(run: PreparedRun, steps: int) -> dict[str, Any]:
+    """Predict the memory of a case."""
+    from firth.runs.step_estimate import step_estimate
+
+    sampled, kept = run.sample()
+    step = step_estimate(run.build, run.recipe, sampled, kept, run.batches.source, run.varieties())
+    return {
+        "parameters": step.parameters,
+        "memory": dataclasses.asdict(step.memory),
+        "predicted_bytes": step.peak_of_run(steps) - kept,  # models of the source are loaded before the base is read
+    }
+
+
+def measure(run: PreparedRun, steps: int) -> dict[str, Any]:
+    """Measure the memory of a case."""
+    _warm_up(run.recipe)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    base = _status("VmRSS")
+    train(run, steps)
+    return {"measured_bytes": _status("VmHWM") - base, "base_bytes": base}
+
+
+def time_both(run: PreparedRun, steps: int) -> dict[str, Any]:
+    """Predict and measure the time of a case, in turns."""
+    from firth.runs.step_estimate import step_flops
+    from firth.runs.timing import time_steps
+
+    seconds = [train(run, steps)]
+    sampled, _ = run.sample()
+    flops = step_flops(run.build(), run.recipe.objective, sampled)
+    predicted = []
+    for _ in range(ROUNDS):
+        times = time_steps(run.build(), run.recipe, run.batches)
+        predicted.append(steps * (times.per_flop * flops + times.optimizer + times.rollouts))
+        seconds.append(train(run, steps))
+    return {"predicted_seconds": min(predicted), "measured_seconds": min(seconds)}
+
+
+MEASUREMENTS = {"predict": predict, "measure": measure, "time": time_both}
+"""Name of a measurement -> function."""
+KEYS = {"predict": "predicted_bytes", "measure": "measured_bytes", "time": "measured_seconds"}
+"""Name of a measurement -> a field of its result."""
+
+
+def case(name: str, size: str, what: str) -> dict[str, Any]:
+    """Predict or measure one case, in this process."""
+    from firth.runs.estimate import prepared
+
+    warnings.simplefilter("ignore")
+    with prepared(recipe_of(name, size), lambda _: None) as run:
+        found = MEASUREMENTS[what](run, STEPS[size])
+        return {"name": name, "size": size, "steps": STEPS[size], "precision": run.recipe.precision, **found}
 
 
 def _warm_up(recipe: Any) -> None:
@@ -242,7 +271,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = []
         for what, scale in (("bytes", 1e6), ("seconds", 1.0)):
-            if f"predicted_{what}" not in row:
+            if not {f"predicted_{what}", f"measured_{what}"} <= row.keys():
                 cells += ["", "", ""]
                 continue
             predicted, measured = row[f"predicted_{what}"], row[f"measured_{what}"]
@@ -253,11 +282,27 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{measured / scale:,.{digits}f}",
                 f"{predicted / measured - 1:+.0%}",
             ]
-        lines.append(f"| {row['name']} | {row['size']} | {row['parameters']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {row['name']} | {row['size']} | {row.get('parameters', 0):,} | {' | '.join(cells)} |")
     for what, limit in (("bytes", 0.15), ("seconds", 0.20)):
         within = sum(abs(error) <= limit for error in errors[what])
         lines += ["", f"{'Memory' if what == 'bytes' else 'Time'}: {within} of {len(errors[what])} within {limit:.0%}."]
     return "\n".join(lines)
+
+
+def read() -> list[dict[str, Any]]:
+    """Return the rows of all cases."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def add(found: dict[str, Any]) -> dict[str, Any]:
+    """Add a measurement to the row of its case and return the row; several processes may do so."""
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = {(row["name"], row["size"]): row for row in read()}
+        row = rows.setdefault((found["name"], found["size"]), {})
+        row |= found
+        RESULTS.write_text(json.dumps([*rows.values()], indent=1))
+    return row
 
 
 def main() -> None:
@@ -265,36 +310,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*RECIPES], default=[*RECIPES])
     parser.add_argument("--sizes", nargs="*", choices=[*STEPS], default=[*STEPS])
     parser.add_argument("--table", action="store_true", help="print the table of the last run")
+    parser.add_argument("--what", nargs="*", choices=[*MEASUREMENTS], default=[*MEASUREMENTS], help="all by default")
     parser.add_argument(
-        "--memory", action="store_true", help="only the memory, which other work on the machine does not change"
+        "--seconds", type=float, default=1e9, help="start no measurement later; the next call continues"
     )
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no case later; the next call continues")
-    parser.add_argument("--again", action="store_true", help="measure cases that were measured before")
-    parser.add_argument("--case", nargs=2, help="one case, in this process (used by the others)")
+    parser.add_argument("--again", action="store_true", help="repeat what was measured before")
     args = parser.parse_args()
-    if args.case:
-        print(json.dumps(case(*args.case, timed=not args.memory)))
-        return
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not args.table:
         prepare()
-        start, what = time.monotonic(), "measured_bytes" if args.memory else "measured_seconds"
-        known = {(row["name"], row["size"]) for row in rows if what in row and not args.again}
-        for size, name in itertools.product(args.sizes, args.only):
-            if (name, size) not in known and time.monotonic() - start < args.seconds:
-                command = [sys.executable, "-W", "ignore", "-m", "bench.speed.estimate", "--case", name, size]
-                command += ["--memory"] * args.memory
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    print(f"{name} {size} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-                    continue
-                row = json.loads(done.stdout.splitlines()[-1])
-                old = next((r for r in rows if (r["name"], r["size"]) == (name, size)), {})
-                row = old | row
-                rows = [r for r in rows if r is not old] + [row]
-                RESULTS.write_text(json.dumps(rows, indent=1))
+        start, known = time.monotonic(), {(row["name"], row["size"]): row for row in read()}
+        for size, name, what in itertools.product(args.sizes, args.only, args.what):
+            done = KEYS[what] in known.get((name, size), {}) and not args.again
+            if not done and time.monotonic() - start < args.seconds:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    try:
+                        row = add(process.submit(case, name, size, what).result())
+                    except Exception as error:
+                        print(f"{name} {size} {what} failed: {error}", flush=True)
+                        continue
                 print(table([row]).splitlines()[2], flush=True)
-    print(table(rows))
+    print(table(read()))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ def doctor() -> None:
 
 
 def list_() -> None:
-    """Print the names of recipes, objectives and corpora."""
+    """Print the recipes, the names of the objectives, and the corpora."""
     from firth.corpora import catalog
     from firth.objectives import OBJECTIVES
-    from firth.runs.recipe_names import NEEDS, RECIPES
+    from firth.runs.recipe_names import NEEDS, RECIPES, summary
 
-    typer.echo("Recipes (firth train NAME):\n  " + "  ".join(RECIPES))
-    for name, needs in NEEDS.items():
-        typer.echo(f"  {name}: {needs}")
+    typer.echo("Recipes (firth train NAME; some have other sizes, NAME:small or NAME:published):")
+    width = max(map(len, RECIPES))
+    for name in RECIPES:
+        typer.echo(f"  {name:{width}}  {summary(name)}")
+        if name in NEEDS:
+            typer.echo(f"  {'':{width}}  {NEEDS[name]}")
     typer.echo("Objectives (objective: NAME):\n  " + "  ".join(OBJECTIVES))
     typer.echo("Corpora (firth fetch NAME):")
     for row in catalog.describe():

@@ -355,6 +355,10 @@ class SegmentPairsConfig(DocumentsConfig):
         )
         return {"first": first, "second": second, "other": other}
 
+    def splits_sentences(self, documents: Documents, index: int) -> bool:
+        """Return whether a pair is split between two sentences, and not anywhere because its part of the text has fewer than two."""
+        return len(self._bounds(documents, *documents.index.bounds(index))) > 2
+
     def _bounds(self, documents: Documents, low: int, high: int) -> list[int]:
         """Return the sentence boundaries and text ends from token low to high of the store, inclusive."""
         if not self.whole_sentences:
@@ -373,10 +377,10 @@ class SegmentPairsConfig(DocumentsConfig):
     ) -> tuple[int, int]:
         """Return the bounds of about `need` tokens of a document other than that at `start`.
 
-        With `room`, the bounds are of whole sentences with at most `room` tokens. Fewer than `need` tokens are returned if ten
-        drawn documents are too short.
+        With `room`, the bounds are of whole sentences with at most `room` tokens: those of the first of ten draws that is within a
+        quarter of `need`, or of the nearest. Fewer than `need` tokens are returned if ten drawn documents are too short.
         """
-        best = (0, 0)
+        best, whole = (0, 0), False
         tried = 0
         while tried < 10 or best[1] == best[0]:
             at = int(rng.random() * len(documents.store.tokens))
@@ -389,7 +393,15 @@ class SegmentPairsConfig(DocumentsConfig):
                 begins = self._bounds(documents, max(low, at - self.max_length), at)
                 at = begins[-1] if begins else at
                 ends = self._bounds(documents, at + 1, min(high, at + room))
-                return at, min(ends, key=lambda end: abs(end - at - need)) if ends else min(high, at + need)
+                if begins and ends:
+                    end = min(ends, key=lambda end: abs(end - at - need))
+                    if not whole or abs(end - at - need) < abs(best[1] - best[0] - need):
+                        best, whole = (at, end), True
+                    if abs(best[1] - best[0] - need) <= need // 4:
+                        break
+                elif not whole:  # cut within a sentence, which gives the label away: only if no draw is whole
+                    best = (at, min(high, at + need))
+                continue
             if min(high, at + need) - at > best[1] - best[0]:
                 best = (at, min(high, at + need))
             if best[1] - best[0] == need:

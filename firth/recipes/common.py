@@ -4,8 +4,8 @@
     firth train electra:published    the paper's own size
 
 Most tiny recipes share one text, one kind of tokenizer and one model size (four layers of width 192), so that two of them differ by what
-their papers changed; each takes about two minutes on two cores. T5 is narrower (`NARROW_HIDDEN_SIZE`). Published sizes have no data: set
-data.path=FILES.
+their papers changed; each takes about two minutes on two cores. T5 and ELECTRA are narrower
+(`NARROW_HIDDEN_SIZE`). Published sizes have no data: set data.path=FILES.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MLM_PROBABILITY = 0.3
 profit from more than 15% too (Wettig 2023)."""
 
 NARROW_VOCAB_SIZE, NARROW_HIDDEN_SIZE, NARROW_HEADS = 2048, 128, 8
-"""The size of the tiny T5. Models that fill gaps stay at word frequencies for their first one to two million tokens. It is narrow, so
-that it reads more tokens in the same time, and has heads of 16 (docs/results/tiny-recipes.md)."""
+"""The size of the tiny T5 and ELECTRA. Models that fill gaps stay at word frequencies for their first one to two million tokens.
+These are narrow, so that they read more tokens in the same time, and have heads of 16 (docs/results/tiny-recipes.md)."""
 
 DATA = DataConfig(corpus="shakespeare")
 

@@ -1,6 +1,7 @@
 """Encoders: BERT, RoBERTa, SpanBERT, ALBERT, ELECTRA, XLNet, MPNet, Linformer, and contrastive sentence encoders.
 
-A name alone is the tiny size: four layers of width 192 on Shakespeare's plays, two to three minutes on two cores. Losses are
+A name alone is the tiny size: four layers of width 192 on Shakespeare's plays (`electra`: three of width 128), two to three minutes on
+two cores. Losses are
 held-out nats per predicted token, at the start (label frequencies) and at the end, of one seed on an older CPU
 (docs/results/tiny-recipes.md). A published size has no data: set `data.path`.
 """
@@ -26,6 +27,9 @@ from firth.recipes.common import (
     HIDDEN_SIZE,
     MAX_POSITIONS,
     MLM_PROBABILITY,
+    NARROW_HEADS,
+    NARROW_HIDDEN_SIZE,
+    NARROW_VOCAB_SIZE,
     NUM_LAYERS,
     VOCAB_SIZE,
     recipe_of_size,
@@ -37,6 +41,11 @@ from firth.training.schedule import Budget, Schedule
 
 SAMPLES = ("The <mask> is good.", "I will <mask> you.", "What do you <mask> of it?")
 """Prompts that the report fills before and after training."""
+
+
+def _narrow_encoder() -> ModelConfig:
+    """Return the model of the tiny ELECTRA: three layers of width 128 with heads of 16."""
+    return encoder_config(NARROW_VOCAB_SIZE, NARROW_HIDDEN_SIZE, 3, num_heads=NARROW_HEADS, max_positions=MAX_POSITIONS)
 
 
 def bert(size: str = "tiny") -> Recipe:
@@ -237,7 +246,7 @@ def _albert_published() -> Recipe:
 def electra(size: str = "tiny") -> Recipe:
     """Return ELECTRA: detect the tokens that a small generator replaced (Clark 2020, arXiv:2003.10555).
 
-        firth train electra              generator 6.29 to 5.10 in 450 steps, 169 s; finds 11% of the replaced tokens, 1% false alarms
+        firth train electra              area under the detector's curve 0.74, generator 4.49, in 1,600 steps (Zen 4, shared: 5 minutes)
         firth train electra:base         ELECTRA-base, 110 M parameters
         firth train electra objective.kind=adversarial_rtd
 
@@ -254,17 +263,14 @@ def electra(size: str = "tiny") -> Recipe:
 
 
 def _electra_tiny() -> Recipe:
-    config = encoder_config(VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, max_positions=MAX_POSITIONS).with_fields(
-        {"embedding.size": HIDDEN_SIZE // 2}
-    )
-    # The paper's quarters would be a generator of width 48, which learns next to nothing in so short a run.
+    config = _narrow_encoder().with_fields({"embedding.size": NARROW_HIDDEN_SIZE // 2})
     return tiny_recipe(
         "electra",
-        RTD(generator_size=1 / 2),
-        ChunksConfig(max_length=128),
+        RTD(generator_size=1 / 4),
+        ChunksConfig(max_length=32),
         config,
-        steps=450,
-        batch=BatchConfig(size=32, pack_to_length=128),
+        steps=1600,
+        batch=BatchConfig(size=64, pack_to_length=64),
     )
 
 

@@ -39,11 +39,15 @@ from firth.runs.timing import step_seconds
 from firth.training.device import default_device
 from firth.training.distributed import Ranks, join
 from firth.training.logging import clock, short
+from firth.training.memory import MAX_READ_STEPS, variety
 from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
 
-SAMPLED_STEPS = 8
+SAMPLED_STEPS = 12
 """Steps whose batches are built to count tokens and FLOPs."""
+
+READ_TOKENS = 1 << 20
+"""Tokens of the batches that are read to find how many shapes a run has."""
 
 MAX_COUNTED_BYTES, SAMPLE_BYTES, VALIDATION_BYTES = 64 << 20, 16 << 20, 1 << 20
 """Bytes of text up to which all of it is read, bytes of a sample of more, and most bytes of held-out text."""
@@ -127,6 +131,16 @@ class PreparedRun:
         kept = self.batches.source.rehearse()
         last = max(1, self.recipe.batch.group_by_length, SAMPLED_STEPS)
         return [self.batches.batches(i * last // SAMPLED_STEPS) for i in range(SAMPLED_STEPS)], kept
+
+    def varieties(self) -> list[frozenset[Any]]:
+        """Return what the shapes of products depend on in each of the first steps; nothing if the model itself writes the data."""
+        if self.batches.source.on_policy:
+            return []
+        first = self.batches.batches(0)
+        tokens = sum(batch["tokens"].numel() for batch in first)
+        steps = max(SAMPLED_STEPS, min(MAX_READ_STEPS, READ_TOKENS // max(1, tokens)))
+        objective = self.recipe.objective
+        return [variety(objective, self.batches.batches(step)) for step in range(steps)]
 
 
 @contextmanager
@@ -237,7 +251,7 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     """Return what a prepared run takes; see `estimate`."""
     resolved = run.recipe
     sampled, kept = run.sample()
-    step = step_estimate(run.build, resolved, sampled, kept, run.batches.source)
+    step = step_estimate(run.build, resolved, sampled, kept, run.batches.source, run.varieties())
     world = run.batches.world
     if run.degree > 1:
         step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))
@@ -307,9 +321,11 @@ def describe(found: RunEstimate, world: int = 1) -> list[str]:
     total, device = found.step.peak_of_run(found.steps), default_device()
     name, free = list(available_memory(device).items())[-1]
     trained = "all trained" if step.trained_parameters == step.parameters else f"{step.trained_parameters:,} trained"
+    kernels = memory.kernel_bytes(found.steps)
     parts = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "activations": memory.activations,
-        "free blocks": memory.free, "kernels of bf16 products": memory.kernel_bytes(found.steps), "other models": step.frozen_bytes,
+        "free blocks": memory.peak_of_run(found.steps) - memory.peak + memory.free + memory.process - kernels,
+        "kernels of bf16 products": kernels, "other models": step.frozen_bytes,
     }  # fmt: skip
     shares = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
     lines = [

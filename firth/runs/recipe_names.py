@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+from pathlib import Path
+
 RECIPES = {
     "word2vec": "firth.recipes.recurrent:word2vec",
     "lstm": "firth.recipes.recurrent:lstm",
@@ -57,3 +61,22 @@ NEEDS = {
     "kto": "records {prompt, completion, label}, the label true for a good answer and false for a bad one",
 }
 """Name -> the input that a recipe needs, where the name does not show it."""
+
+
+def summary(name: str) -> str:
+    """Return what a recipe is: the first sentence of its function's docstring, read from the source.
+
+    >>> summary("bert")
+    'BERT: masked language modeling and next sentence prediction (Devlin 2019).'
+    """
+    module, function = RECIPES[name].split(":")
+    text = _docstrings(module)[function].partition("\n")[0].removeprefix("Return ")
+    return text[0].upper() + text[1:]
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[str, str]:
+    """Return the docstring of each function of a module of the package, without importing it."""
+    source = Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py").read_text("utf-8")
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: ast.get_docstring(node) or "" for node in functions}

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ class StepEstimate:
 
     def peak_of_run(self, steps: int) -> int:
         """Return the bytes at the peak of a run of some steps, with the kernels that the library compiles meanwhile."""
-        return self.memory.peak + self.frozen_bytes + self.memory.kernel_bytes(steps)
+        return self.memory.peak_of_run(steps) + self.frozen_bytes
 
 
 def count_parameters(model: LM) -> tuple[int, int]:
@@ -85,6 +86,7 @@ def step_estimate(
     steps: Sequence[list[Batch]],
     frozen_bytes: int = 0,
     source: Source | None = None,
+    run: Sequence[frozenset[Any]] = (),
 ) -> StepEstimate:
     """Return what a step of a recipe takes; nothing of the model's size is allocated.
 
@@ -95,6 +97,7 @@ def step_estimate(
             this order: blocks of varied sizes leave holes.
         frozen_bytes: Bytes of further models that the run keeps.
         source: The source of the batches; an on-policy one runs its rollouts without data too.
+        run: The `variety` of the first steps of a run.
     """
     objective = recipe.objective
     device, traced = default_device(), [*steps] * -(-MIN_TRACED // len(steps))
@@ -102,7 +105,7 @@ def step_estimate(
         with device:
             model = build()
         dropout = not objective.inputs & PRECOMPUTED_FIELDS
-        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout, source)
+        memory = trace_step(trace, model, objective, recipe.optimizer, traced, recipe.precision, dropout, source, run)
     total, body = count_parameters(model)
     return StepEstimate(
         total,

@@ -11,6 +11,7 @@ than its tensors (`firth.training.heap`), and in bf16 the code that oneDNN compi
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,13 +26,15 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from firth import kernel_choice
+from firth.data.collate import counted_fields
 from firth.model import attention, native
 from firth.model.recurrent import lstm_runs_in_bf16
+from firth.training.data_parallel import Parallel
 from firth.training.device import KEPT_MEMORY, casts
-from firth.training.heap import heap_bytes
+from firth.training.heap import COMPILED_BYTES, IS_COMPILED, IS_NODE, IS_PRODUCT, IS_TENSOR, heap_bytes
 from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
 from firth.training.step import step, to
-from firth.types import Batch
+from firth.types import IGNORE, Batch
 
 if TYPE_CHECKING:
     from firth.data.source import Source
@@ -50,9 +53,11 @@ PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"})
 RNN_POSITIONS = 16
 """Positions of a text on which a recurrent layer is run to learn what it keeps for each."""
 
-KERNEL_BLOCK, KERNEL_BLOCKS, KERNEL_RECORDS, MAX_KERNELS = 1 << 18, 2, 40_000, 1024
-"""Bytes of a block of code that oneDNN compiles for a shape of a bf16 product on a CPU, how many it keeps for each shape, bytes that
-describe them, and for how many shapes. Products of all kinds keep 554 to 609 kB a shape, as measured."""
+MAX_KERNELS = 1024
+"""For how many shapes of bf16 products oneDNN keeps the compiled code. Products of all kinds keep 554 to 609 kB a shape, as measured."""
+
+MAX_READ_STEPS = 64
+"""Most steps of a run for which new shapes of products are counted one by one."""
 
 PROCESS_BYTES = 10_000_000
 """Resident bytes of a process on a CPU besides its heap: pages of libraries and further code that a step needs (measured: 5 to 17 MB)."""
@@ -60,17 +65,18 @@ PROCESS_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step at its peak; the parts add up to `peak`.
+    """Bytes of a training step at its peak; the parts add up to `peak`, with `process`.
 
     Args:
         weights: Parameters and buffers.
         gradients: Gradients of parameters at that moment.
         optimizer: Momenta and second moments.
         activations: What is kept for the backward pass, and temporary tensors.
-        free: On a CPU, free blocks of the heap between tensors, and what a process needs besides the heap.
-        shapes: Different shapes of matrix products in a step.
-        new_shapes: How many a further step adds, on average.
+        free: On a CPU, free blocks of the heap between tensors, after `traced` steps.
+        shapes: Different shapes of matrix products after each step of a run, as far as its batches were read.
         kernel: Bytes that the library keeps for each shape of a product.
+        traced: Steps that were traced.
+        process: Bytes that a process needs besides the heap.
     """
 
     weights: int
@@ -78,18 +84,31 @@ class StepMemory:
     optimizer: int
     activations: int
     free: int = 0
-    shapes: int = 0
-    new_shapes: float = 0.0
+    shapes: tuple[int, ...] = (0,)
     kernel: int = 0
+    traced: int = 1
+    process: int = 0
 
     @property
     def peak(self) -> int:
         """The most bytes at any time of a step."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.free
+        return self.weights + self.gradients + self.optimizer + self.activations + self.free + self.process
 
     def kernel_bytes(self, steps: int) -> int:
-        """Return the bytes of the kernels that the library keeps in a run, one for each shape of a product."""
-        return round(self.kernel * min(MAX_KERNELS, self.shapes + self.new_shapes * (steps - 1)))
+        """Return the bytes of the kernels that the library keeps in a run, one for each shape of a product.
+
+        Shapes recur. After the last step that was read, each doubling of the steps adds as many as the last one.
+        """
+        known = len(self.shapes)
+        shapes = float(self.shapes[min(steps, known) - 1])
+        if steps > known:
+            shapes += (self.shapes[-1] - self.shapes[(known - 1) // 2]) * math.log2(steps / known)
+        return round(self.kernel * min(MAX_KERNELS, shapes))
+
+    def peak_of_run(self, steps: int) -> int:
+        """Return the most bytes in a run of some steps: with each kernel, which stays in a hole between tensors, holes grow."""
+        grown = self.kernel_bytes(steps) / max(1, self.kernel_bytes(self.traced)) if self.kernel else 1.0
+        return self.peak - self.free + round(self.free * grown) + self.kernel_bytes(steps)
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -114,10 +133,12 @@ class MemoryTrace(TorchDispatchMode):
         """Shapes of embedding tables whose gradient has only the rows that were looked up."""
         self.products: set[tuple[Any, ...]] = set()
         """Shapes of the matrix products so far."""
-        self.kernel_blocks = 0
-        """Blocks of code that are compiled for each bf16 product of a new shape, and kept."""
-        self.kernels: set[int] = set()
-        """Numbers of these blocks."""
+        self.kinds: dict[int, int] = {}
+        """Number -> kind of what is not a tensor (`firth.training.heap`)."""
+        self.compiles = False
+        """Whether code is compiled for each bf16 product of a new shape, and kept."""
+        self.nodes: list[int] = []
+        """Numbers of the nodes of the autograd graph since the last backward pass."""
 
     def number(self, x: Tensor, size: int | None = None) -> int:
         """Return the number of a tensor's storage; a new one is counted as allocated.
@@ -138,6 +159,17 @@ class MemoryTrace(TorchDispatchMode):
         weakref.finalize(storage, self.events.append, -number - 1).atexit = False
         return number
 
+    def add(self, kind: int, size: int = 0) -> int:
+        """Count an allocation that is not a tensor's and return its number."""
+        self.sizes.append(size)
+        self.events.append(len(self.sizes))
+        self.kinds[len(self.sizes) - 1] = kind
+        return len(self.sizes) - 1
+
+    def free(self, numbers: Sequence[int]) -> None:
+        """Count allocations as freed."""
+        self.events.extend(-number - 1 for number in numbers)
+
     def numbers(self, tensors: Sequence[Tensor | None]) -> set[int]:
         """Return the numbers of the storages of some tensors."""
         return {self.number(x) for x in tensors if x is not None}
@@ -154,9 +186,6 @@ class MemoryTrace(TorchDispatchMode):
         if not tensors and name in FACTORIES:
             fake = _dtype(name, args, kwargs).is_floating_point
         if fake:
-            if name in PRODUCTS:
-                scalars = tuple(x for x in tree_iter((args, kwargs)) if isinstance(x, int | float))
-                self._count_product((name, scalars, *((tuple(x.shape), tuple(x.stride())) for x in tensors)), tensors)
             if name in INDEXING:
                 args = self._by_position(args)
             with self._fakes:
@@ -171,17 +200,22 @@ class MemoryTrace(TorchDispatchMode):
         for x in tree_iter(out):
             if isinstance(x, Tensor):
                 self.number(x, size)
+        if fake and name in PRODUCTS and tensors[0].dtype == torch.bfloat16:
+            scalars = tuple(x for x in tree_iter((args, kwargs)) if isinstance(x, int | float))
+            self._count_product((name, scalars, *((tuple(x.shape), tuple(x.stride())) for x in tensors)))
+        if fake and torch.is_grad_enabled() and name != "prim::device" and any(x.requires_grad for x in tensors):
+            self.nodes.append(self.add(IS_NODE))
         return out
 
-    def _count_product(self, product: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
-        """Count a matrix product by its shapes and factors, and allocate the code for a new one."""
-        if product in self.products or tensors[0].dtype != torch.bfloat16:
-            return
+    def _count_product(self, product: tuple[Any, ...]) -> None:
+        """Count a bf16 product by its shapes and factors, and allocate the code for a new one."""
+        new = product not in self.products
         self.products.add(product)
-        for _ in range(self.kernel_blocks):
-            self.kernels.add(len(self.sizes))
-            self.sizes.append(KERNEL_BLOCK)
-            self.events.append(len(self.sizes))
+        if self.compiles:
+            needed = self.add(IS_PRODUCT)
+            if new:
+                self.add(IS_COMPILED, COMPILED_BYTES)
+            self.free([needed])
 
     def _by_position(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of an indexing operator with masks that have data replaced by the positions they select."""
@@ -255,6 +289,37 @@ def memory_trace(device: torch.device) -> Iterator[MemoryTrace]:
         yield trace
 
 
+class _Traced(Parallel):
+    """Counts the nodes of the autograd graph as freed when the loss is: it holds them all until after the backward pass."""
+
+    def __init__(self, trace: MemoryTrace) -> None:
+        self.trace = trace
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        weakref.finalize(loss, self.trace.free, self.trace.nodes).atexit = False
+        self.trace.nodes = []
+        super().backward(loss, last)
+
+
+def variety(objective: Objective, batches: Sequence[Batch]) -> frozenset[tuple[Any, ...]]:
+    """Return what the shapes of products depend on in a step: the shapes of its fields, and its numbers of labels."""
+    counted = set(counted_fields(objective).values())
+    return frozenset(
+        [(name, *x.shape) for batch in batches for name, x in batch.items()]
+        + [(name, int((batch[name] != IGNORE).sum())) for batch in batches for name in counted if name in batch]
+    )
+
+
+def _varieties(steps: Sequence[frozenset[Any]]) -> list[int]:
+    """Return how many different values there are up to each step."""
+    seen: set[Any] = set()
+    counts = []
+    for values in steps:
+        seen |= values
+        counts.append(len(seen))
+    return counts
+
+
 def trace_step(
     trace: MemoryTrace,
     model: LM,
@@ -264,6 +329,7 @@ def trace_step(
     precision: Literal["fp32", "bf16"],
     dropout: bool,
     source: Source | None = None,
+    run: Sequence[frozenset[Any]] = (),
 ) -> StepMemory:
     """Return the memory of a training step, the last of several: the first has no optimizer state yet.
 
@@ -279,9 +345,10 @@ def trace_step(
         precision: Precision of the forward and backward pass.
         dropout: Whether the step uses dropout.
         source: The source of the batches.
+        run: The `variety` of the first steps of a run; new shapes of products come with new values.
     """
     model.train(dropout)
-    trace.kernel_blocks = KERNEL_BLOCKS if trace.device.type == "cpu" and precision == "bf16" else 0
+    trace.compiles = trace.device.type == "cpu" and precision == "bf16"
     trace.sparse_tables = {tuple(table.weight.shape) for table in untied_embeddings(model)}
     updates = Optimizer(optimizer, model)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
@@ -294,20 +361,31 @@ def trace_step(
                 source.rehearse_rollout(model, number)
         of_rollouts.append(len(trace.products) - before)
         placed = [to(batch, trace.device) | {"step": torch.tensor(number)} for batch in batches]
-        step(model, objective, placed, precision=casts(precision, trace.device))
+        step(model, objective, placed, precision=casts(precision, trace.device), parallel=_Traced(trace))
         gradients |= trace.numbers([p.grad for p in updates.parameters])
         updates.clip_grad_norm()
         updates.step(1.0)
         shapes.append(len(trace.products))
+    kernels = {number for number, kind in trace.kinds.items() if kind == IS_COMPILED}
     state = trace.numbers(list(updates.state().values())) - weights
-    most, (in_weights, in_gradients, in_state, in_kernels) = trace.peak((weights, gradients, state, trace.kernels))
+    most, (in_weights, in_gradients, in_state, in_kernels) = trace.peak((weights, gradients, state, kernels))
     rest = most - in_weights - in_gradients - in_state - in_kernels
     free = 0
     if trace.device.type == "cpu":
-        heap = heap_bytes(trace.sizes, trace.events, KEPT_MEMORY)
-        free = max(0, (heap or most) - most) + PROCESS_BYTES
-    sampling = sum(of_rollouts[1:])
-    per_rollout = source.steps_per_rollout if source is not None else 1
-    new = (shapes[-1] - shapes[0] - sampling + 2 * sampling / per_rollout) / max(1, len(shapes) - 1)
-    kernel = KERNEL_BLOCK * trace.kernel_blocks + (KERNEL_RECORDS if trace.kernel_blocks else 0)
-    return StepMemory(in_weights, in_gradients, in_state, rest, free, shapes[0], new, kernel)
+        heap = heap_bytes(
+            trace.sizes, trace.events, KEPT_MEMORY, [trace.kinds.get(n, IS_TENSOR) for n in range(len(trace.sizes))]
+        )
+        free = max(0, (heap or most) - most)
+    added = shapes[-1] - shapes[0]
+    if run:
+        values, seen = _varieties(run), _varieties([variety(objective, batches) for batches in steps])
+        of_run = [shapes[0] + round(added * (n - values[0]) / max(1, seen[-1] - seen[0])) for n in values]
+    else:
+        sampling = sum(of_rollouts[1:])
+        added += round(2 * sampling / source.steps_per_rollout) - sampling if source is not None else 0
+        of_run = [shapes[0] + added * n // max(1, len(shapes) - 1) for n in range(MAX_READ_STEPS)]
+    kernel = COMPILED_BYTES if trace.compiles else 0
+    process = PROCESS_BYTES if trace.device.type == "cpu" else 0
+    return StepMemory(
+        in_weights, in_gradients, in_state, rest, free, tuple(of_run), kernel, traced=len(steps), process=process
+    )

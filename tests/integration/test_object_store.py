@@ -18,7 +18,9 @@ pytest.importorskip("moto.server", reason="moto is not installed: pip install 'm
 
 pytestmark = pytest.mark.slow
 
-SIZES = "model.hidden_size=32 model.num_layers=1 model.num_heads=2 model.num_kv_heads=2 examples.max_length=32 batch.batch_size=4"
+SIZES = (
+    "model.hidden_size=32 model.num_layers=1 model.num_heads=2 model.num_kv_heads=2 examples.max_length=32 batch.size=4"
+)
 
 
 @pytest.fixture

@@ -431,4 +431,6 @@ def test_annotators_are_simulated_only_on_request(folder: Path, tmp_path: Path) 
     run(load("weak_supervision", [*settings, f"data={voted}"]), tmp_path / "c", heard.append)
     assert not any("simulation" in line for line in heard)
     listed = CliRunner().invoke(app, ["list"]).output
-    assert "weak_supervision: records {text, labels:" in listed and "semi_supervised: records {text, label}" in listed
+    assert (
+        "records {text, labels: [of several annotators]}" in listed and "records {text, label}; examples.unl" in listed
+    )

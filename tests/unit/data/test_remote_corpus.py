@@ -213,7 +213,7 @@ def test_a_run_on_an_address_is_that_on_the_directory(folder: Path, tmp_path: Pa
     for name, path in (("address", in_memory(folder, "run")), ("directory", str(folder / "corpus"))):
         settings = [
             f"data.path={path}", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=2",
-            "examples.max_length=32", "batch.batch_size=4", "budget.max_steps=5", "evaluation.every=5", "sample_prompts=[]",
+            "examples.max_length=32", "batch.size=4", "budget.max_steps=5", "evaluation.every=5", "sample_prompts=[]",
         ]  # fmt: skip
         run(load("gpt", settings), tmp_path / name, log=lambda _: None)
         rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

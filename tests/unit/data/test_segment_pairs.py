@@ -65,6 +65,21 @@ def test_all_three_are_whole_sentences(tokenizer: Tokenizer, tmp_path: Path, sen
     assert 0.3 < np.mean(second[second != other] > other[second != other]) < 0.7
 
 
+@pytest.mark.slow
+def test_random_segment_is_whole_where_few_sentences_fit(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """If it were cut within a sentence more often than the true one, its last token would tell NSP's label."""
+    store = stored(tokenizer, tmp_path, 60, 40)
+    kind = SegmentPairsConfig(max_length=40)
+    pairs = Documents(kind, store, tokenizer.vocab)
+    whole = [i for i in range(len(pairs)) if kind.splits_sentences(pairs, i)]
+    ends = {
+        name: np.mean([tokenizer.decode(pairs[i][name]).strip().endswith(".") for i in whole])
+        for name in ("second", "other")
+    }
+    assert 0.1 * len(pairs) < len(whole) < 0.9 * len(pairs)
+    assert ends["second"] > 0.95 and ends["other"] > 0.95
+
+
 def test_texts_without_sentences_are_split_anywhere(tokenizer: Tokenizer, tmp_path: Path) -> None:
     store = TokenStore.build([Document(str(i), "sea land bird " * 40) for i in range(4)], tokenizer, tmp_path / "store")
     plain, whole = (
