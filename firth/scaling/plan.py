@@ -45,9 +45,9 @@ from firth.types import LOGGER, LogLine, UserError
 FILES = Path(__file__).parent / "files"
 """Directory of the default laws: decoder.json for text."""
 NO_LAW = (
-    "firth ships no law of encoders for labels: in its sweep small ones learned little more than the frequencies of tokens before they had "
-    "read 2 M tokens, at any size, which is no power law; train `firth train roberta` on 4 M tokens or more, in batches of at least 2,000 "
-    "(with 500 nothing more was learned), or fit a law of longer runs of `firth scale run roberta` and give fit.json with --law"
+    "firth ships no law of encoders for labels: in its sweep of 20 runs they learned little more than the frequencies of tokens before "
+    "they had read 3 M tokens, at any size, which is no power law; train `firth train roberta` on 4 M tokens or more, in batches of at "
+    "least 2,000 (with 500 nothing more was learned), or fit a law of longer runs of `firth scale run roberta` and give fit.json with --law"
 )
 WIDTHS = (*range(16, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 2049, 128))
 """Widths to choose from."""
