@@ -76,7 +76,7 @@ def test_random_segment_is_whole_where_few_sentences_fit(tokenizer: Tokenizer, t
         name: np.mean([tokenizer.decode(pairs[i][name]).strip().endswith(".") for i in whole])
         for name in ("second", "other")
     }
-    assert 0.1 * len(pairs) < len(whole) < 0.9 * len(pairs)
+    assert len(whole) > 0.5 * len(pairs)
     assert ends["second"] > 0.95 and ends["other"] > 0.95
 
 
