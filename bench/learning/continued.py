@@ -231,7 +231,7 @@ def print_forget() -> None:
 
 
 def print_tokens() -> None:
-    print("| model | added | tokens per word | steps | bits per byte | difference |\n|---|---|---|---|---|---|")
+    print("| model | added | tokens per word | steps | held out | difference |\n|---|---|---|---|---|---|")
     for model, (recipe, _, count) in ARMS.items():
         first: list[Likelihood] = []
         for added in (0, count):
@@ -241,11 +241,11 @@ def print_tokens() -> None:
             difference = ""
             if recipe == "gpt":
                 parts = likelihoods(f"tokens-{model}-{added}")
-                value, difference = bits(parts), bootstrap(first, parts) if first else ""
+                value, difference = f"{bits(parts):.3f} bits per byte", bootstrap(first, parts) if first else ""
                 first = parts
             else:
-                value = metrics_of(place)["valid/bits_per_byte"]
-            print(f"| {model} | {added:,} | {words:.2f} | {steps} | {value:.3f} | {difference} |")
+                value = f"{metrics_of(place)['valid/loss'] * words:.2f} nats per masked word"
+            print(f"| {model} | {added:,} | {words:.2f} | {steps} | {value} | {difference} |")
 
 
 PARTS = {
