@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from firth.data.corpus import PreparedCorpus, open_stores
 from firth.data.datatrove_steps import FirthManifest, FirthTokens
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
-from tests.support.tiny_corpus import TEXTS, tokenizer
+from tests.support.tiny_corpus import TEXTS, write_text_folder
 
 TASKS = 3
 
@@ -48,13 +47,7 @@ class KillOnce(PipelineStep):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("datatrove")
-    tokenizer().save(place / "tokenizer")
-    (place / "text").mkdir()
-    for number in range(6):
-        rows = [json.dumps({"text": text, "id": f"{number}-{i}"}) + "\n" for i, text in enumerate(TEXTS[number::6] * 2)]
-        (place / "text" / f"{number}.jsonl").write_text("".join(rows))
-    return place
+    return write_text_folder(tmp_path_factory.mktemp("datatrove"))
 
 
 def pipeline(folder: Path, out: Path, *steps: PipelineStep) -> list[PipelineStep]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ from firth.data.corpus import PreparedCorpus
 from firth.data.datatrove_steps import FirthManifest
 from tests.support.commands import ROOT
 from tests.support.ray_corpus import TASKS, steps
-from tests.support.tiny_corpus import TEXTS, tokenizer
+from tests.support.tiny_corpus import TEXTS, write_text_folder
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +36,7 @@ SECONDS = 150
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("ray")
-    tokenizer().save(place / "tokenizer")
-    (place / "text").mkdir()
-    for number in range(6):
-        rows = [json.dumps({"text": text, "id": f"{number}-{i}"}) + "\n" for i, text in enumerate(TEXTS[number::6] * 2)]
-        (place / "text" / f"{number}.jsonl").write_text("".join(rows))
-    return place
+    return write_text_folder(tmp_path_factory.mktemp("ray"))
 
 
 def end_session(leader: int) -> list[str]:

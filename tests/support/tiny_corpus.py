@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -59,3 +60,13 @@ def corpus(folder: Path, sizes: tuple[int, ...] = (7, 1, 12, 10), held_out: int 
         )
     tokenizer().save(folder / "tokenizer")
     return write_manifest(folder, range(len(sizes)), tokenizer(), {}, {})
+
+
+def write_text_folder(folder: Path) -> Path:
+    """Write a tokenizer, and six files of records in `text`, in a folder; return it."""
+    tokenizer().save(folder / "tokenizer")
+    (folder / "text").mkdir()
+    for number in range(6):
+        rows = [json.dumps({"text": text, "id": f"{number}-{i}"}) + "\n" for i, text in enumerate(TEXTS[number::6] * 2)]
+        (folder / "text" / f"{number}.jsonl").write_text("".join(rows))
+    return folder

@@ -67,11 +67,11 @@ class Ranges(SimpleHTTPRequestHandler):
     """A server of files that sends spans of bytes, as object stores do."""
 
     def do_GET(self) -> None:
-        file, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
-        if not file.is_file() or asked is None:
+        file, requested = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if not file.is_file() or requested is None:
             super().do_GET()
             return
-        start, stop = (int(n) for n in asked.removeprefix("bytes=").split("-"))
+        start, stop = (int(n) for n in requested.removeprefix("bytes=").split("-"))
         raw = file.read_bytes()[start : stop + 1]
         self.send_response(206)
         self.send_header("Content-Length", str(len(raw)))
@@ -137,7 +137,7 @@ def test_a_server_without_spans_is_refused(folder: Path, served: str, monkeypatc
 def test_blocks_are_asked_for_once_and_given_up(
     folder: Path, tmp_path: Path, requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 64 bytes: a read asks for those it needs, neighbors at once; within the limit nothing is asked for again."""
+    """Blocks of 64 bytes: a read requests those it needs, neighbors at once; within the limit nothing is requested again."""
     for module in (stored_arrays, remote_arrays):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     small = tmp_path / "small"
@@ -145,25 +145,25 @@ def test_blocks_are_asked_for_once_and_given_up(
     expected = np.asarray(open_stores([small / "corpus"], tokenizer())[0].tokens)
     store = open_stores([in_memory(small, "blocks")], tokenizer())[0]
 
-    def asked(start: int, stop: int) -> list[tuple[int, int]]:
+    def requested(start: int, stop: int) -> list[tuple[int, int]]:
         requests.clear()
         assert np.array_equal(store.tokens[start:stop], expected[start:stop])
         return [(first, last) for name, first, last in requests if name == "tokens.bin"]
 
-    assert asked(40, 50) == [(64, 128)]  # 32 ids are a block
-    assert asked(40, 50) == []
-    assert asked(0, 100) == [(0, 64), (128, 256)]
+    assert requested(40, 50) == [(64, 128)]  # 32 ids are a block
+    assert requested(40, 50) == []
+    assert requested(0, 100) == [(0, 64), (128, 256)]
     part = store.manifest["tokens"] - len(expected) + int(store.offsets[9])
-    assert asked(part + 1, part + 2) == [(0, 64)]
+    assert requested(part + 1, part + 2) == [(0, 64)]
     monkeypatch.setattr(remote_arrays, "CACHE_BYTES", 300)
     view = store.tokens[0:32]
-    assert asked(part + 40, part + 41) == [(64, 128)]  # the first part is given up
-    assert asked(part + 40, part + 41) == []
+    assert requested(part + 40, part + 41) == [(64, 128)]  # the first part is given up
+    assert requested(part + 40, part + 41) == []
     assert np.array_equal(view, expected[:32])
-    assert asked(0, 10) == [(0, 64)]
+    assert requested(0, 10) == [(0, 64)]
     rng = np.random.default_rng(0)
     for start in rng.integers(0, len(expected) - 50, 200).tolist():
-        asked(start, start + 50)
+        requested(start, start + 50)
         held = sum(file.disk_bytes for file in stored_arrays._open_files)
         assert held <= 300 or len(stored_arrays._open_files) == 1
 
