@@ -120,8 +120,7 @@ def compare(
 def _compare_methods(methods: list[str], settings: list[str], out: Path) -> None:
     """Run the pipeline of the methods, and print its table."""
     from firth.pipelines.frontier import printed, read_results
-    from firth.pipelines.methods import load_methods
-    from firth.pipelines.pipeline import run_pipeline
+    from firth.pipelines.pipeline import load_methods, run_pipeline
 
     run_pipeline(load_methods([name.strip() for name in methods], settings, out))
     typer.echo(printed(read_results(out / "table" / "results.json")))
