@@ -2,13 +2,13 @@
 
     python -m bench.speed.estimate                       # all cases; writes runs/bench-estimate.json and prints the table
     python -m bench.speed.estimate --only gpt dpo --sizes tiny
-    python -m bench.speed.estimate --what predict measure --seconds 500   # only the memory; what is missing yet, for some 500 s
+    python -m bench.speed.estimate --what predict measure --jobs 2 --seconds 500   # only the memory, what is missing yet, for some 500 s
     python -m bench.speed.estimate --table               # the table of the last run
 
-Each case is a process of its own. Memory: the peak resident size of training (VmHWM) minus the resident size before the model
-is built, after a step of a one-layer model, which loads the kernels. Time: N steps of the real trainer against what
-`firth train --dry-run` says; predictions and runs take turns, and the minimum of each counts, since other work on the machine
-slows single ones.
+Each case is a process of its own, forked from one that has loaded the libraries. Memory: the peak resident size of training
+(VmHWM) minus the resident size before the model is built, after a step of a one-layer model, which loads the kernels; the
+prediction is made after that. Time: N steps of the real trainer against what `firth train --dry-run` says; predictions and runs
+take turns, and the minimum of each counts, since other work on the machine slows single ones.
 
 Small is a width of 384 and six layers; finetuning starts from the tiny or small model of its kind, untrained, on made records.
 """
@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Recipe -> further settings."""
 
-STEPS = {"tiny": 12, "small": 6}
+STEPS = {"tiny": 12, "small": 4}
 ROUNDS = 1
 
 
@@ -109,6 +109,8 @@ def prepare() -> None:
     from firth.runs.prepare import train_tokenizer
     from firth.runs.run import run
 
+    if (HOME / "done").exists():
+        return
     HOME.mkdir(parents=True, exist_ok=True)
     paths = catalog.paths("shakespeare", print)
     if not (HOME / "tokenizer").exists():
@@ -126,6 +128,7 @@ def prepare() -> None:
                 shutil.rmtree(directory, ignore_errors=True)
                 few = ["max_steps=1", "evaluation.every=0", "sample_prompts=[]", "init_head_from_frequencies=false"]
                 run(load(start, [*own(start, size), *few]), directory, log=lambda _: None)
+    (HOME / "done").touch()
 
 
 def own(name: str, size: str) -> list[str]:
@@ -214,25 +217,32 @@ def time_both(run: PreparedRun, steps: int) -> dict[str, Any]:
     predicted = []
     for _ in range(ROUNDS):
         times = time_steps(run.build(), run.recipe, run.batches)
-        predicted.append(steps * (times.per_flop * flops + times.optimizer + times.rollouts))
+        predicted.append(steps * times.seconds(flops))
         seconds.append(train(run, steps))
     return {"predicted_seconds": min(predicted), "measured_seconds": min(seconds)}
 
 
-MEASUREMENTS = {"predict": predict, "measure": measure, "time": time_both}
-"""Name of a measurement -> function."""
+MEASUREMENTS = {"measure": measure, "predict": predict, "time": time_both}
+"""Name of a measurement -> function, in the order in which a process makes them."""
 KEYS = {"predict": "predicted_bytes", "measure": "measured_bytes", "time": "measured_seconds"}
 """Name of a measurement -> a field of its result."""
 
 
-def case(name: str, size: str, what: str) -> dict[str, Any]:
+PRELOADED = ["torch._subclasses.fake_tensor", "firth.recipes.encoders", "firth.runs.prepare", "firth.runs.estimate"]
+"""Modules of the process that is forked for each case."""
+
+
+def case(name: str, size: str, wanted: set[str]) -> dict[str, Any]:
     """Predict or measure one case, in this process."""
     from firth.runs.estimate import prepared
 
     warnings.simplefilter("ignore")
     with prepared(recipe_of(name, size), lambda _: None) as run:
-        found = MEASUREMENTS[what](run, STEPS[size])
-        return {"name": name, "size": size, "steps": STEPS[size], "precision": run.recipe.precision, **found}
+        row = {"name": name, "size": size, "steps": STEPS[size], "precision": run.recipe.precision}
+        for what, function in MEASUREMENTS.items():
+            if what in wanted:
+                row |= function(run, STEPS[size])
+    return row
 
 
 def _warm_up(recipe: Any) -> None:
@@ -314,21 +324,30 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="start no measurement later; the next call continues"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time; only for the memory")
     parser.add_argument("--again", action="store_true", help="repeat what was measured before")
     args = parser.parse_args()
     if not args.table:
         prepare()
         start, known = time.monotonic(), {(row["name"], row["size"]): row for row in read()}
-        for size, name, what in itertools.product(args.sizes, args.only, args.what):
-            done = KEYS[what] in known.get((name, size), {}) and not args.again
-            if not done and time.monotonic() - start < args.seconds:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    try:
-                        row = add(process.submit(case, name, size, what).result())
-                    except Exception as error:
-                        print(f"{name} {size} {what} failed: {error}", flush=True)
-                        continue
-                print(table([row]).splitlines()[2], flush=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+
+        def do(size: str, name: str) -> None:
+            row = known.get((name, size), {})
+            wanted = {what for what in args.what if args.again or KEYS[what] not in row}
+            if not wanted or time.monotonic() - start > args.seconds:
+                return
+            with ProcessPoolExecutor(1, context) as process:
+                try:
+                    row = add(process.submit(case, name, size, wanted).result())
+                except Exception as error:
+                    print(f"{name} {size} failed: {error}", flush=True)
+                    return
+            print(table([row]).splitlines()[2], f"{time.monotonic() - start:.0f} s", flush=True)
+
+        with ThreadPoolExecutor(args.jobs) as threads:
+            list(threads.map(do, *zip(*itertools.product(args.sizes, args.only), strict=True)))
     print(table(read()))
 
 

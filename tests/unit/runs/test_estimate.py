@@ -408,3 +408,23 @@ def test_timed_steps_are_kept(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "steps.json").write_text("{damaged")
     estimate(tiny(text, "precision=fp32"), log=quiet)
     assert calls == [4, 8, 4]
+
+
+@pytest.mark.slow
+def test_steps_of_a_busy_machine_are_timed_again(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Until none other uses the cores; the faster of two counts."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    monkeypatch.setattr(speed, "usable_cores", lambda: 2)
+    speed.record("peak cpu fp32", 1e12)
+    measured = iter([(2.0, 1.5), (3.0, 1.0), (1.0, 0.1)])
+
+    def times(*_: object) -> StepTimes:
+        optimizer, others = next(measured)
+        return StepTimes(0.0, optimizer, 0.0, 2, others)
+
+    monkeypatch.setattr("firth.runs.timing.time_steps", times)
+    found = [estimate(tiny(text, "precision=fp32"), log=quiet) for _ in range(4)]
+    assert [one.step_seconds for one in found] == [2.0, 2.0, 1.0, 1.0]
+    busy = "while other processes used 1.5 of 2 cores"
+    assert [busy in one.timing for one in found] == [True, True, False, False]
+    assert ["timed on" in one.timing for one in found] == [False, True, False, True]
