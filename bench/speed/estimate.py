@@ -150,12 +150,13 @@ def own(name: str, size: str) -> list[str]:
     return settings + [f"model.{field}={value}" for field, value in fields.items()]
 
 
-def recipe_of(name: str, size: str) -> Recipe:
-    """Return the recipe of a case."""
+def recipe_of(name: str, size: str, steps: int) -> Recipe:
+    """Return the recipe of a case, for a run of some steps."""
+    few = f"max_steps={steps}"
     if name not in START:
-        return load(name, own(name, size))
+        return load(name, [*own(name, size), few])
     start = [f"init_from={HOME / f'{START[name]}-{size}'}", f"data.path={HOME / f'{KINDS[name]}.jsonl'}"]
-    return load(name, [*start, *SETTINGS.get(name, ())])
+    return load(name, [*start, *SETTINGS.get(name, ()), few])
 
 
 def _status(field: str) -> int:
@@ -239,8 +240,8 @@ def case(name: str, size: str, wanted: set[str]) -> dict[str, Any]:
     from firth.runs.estimate import prepared
 
     warnings.simplefilter("ignore")
-    with prepared(recipe_of(name, size), lambda _: None) as run:
-        steps = STEPS[size] * MORE_STEPS.get(name, 1)
+    steps = STEPS[size] * MORE_STEPS.get(name, 1)
+    with prepared(recipe_of(name, size, steps), lambda _: None) as run:
         row = {"name": name, "size": size, "steps": steps, "precision": run.recipe.precision}
         for what, function in MEASUREMENTS.items():
             if what in wanted:

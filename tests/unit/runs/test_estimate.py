@@ -27,7 +27,7 @@ from firth.runs.estimate import _sampled, dry_run, estimate, prepared
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.runs.step_estimate import step_flops
-from firth.runs.timing import StepTimes
+from firth.runs.timing import StepTimes, step_seconds
 from firth.training import speed
 from firth.training.logging import read_metrics
 from firth.types import IGNORE, Batch, UserError
@@ -423,8 +423,27 @@ def test_steps_of_a_busy_machine_are_timed_again(text: Path, monkeypatch: pytest
         return StepTimes(0.0, optimizer, 0.0, 2, others)
 
     monkeypatch.setattr("firth.runs.timing.time_steps", times)
-    found = [estimate(tiny(text, "precision=fp32"), log=quiet) for _ in range(4)]
-    assert [one.step_seconds for one in found] == [2.0, 2.0, 1.0, 1.0]
+    with prepared(tiny(text, "precision=fp32"), quiet) as run:
+        found = [step_seconds(lambda _: None, run.recipe, run.batches, 1e9, 1) for _ in range(4)]
+    assert [seconds for seconds, _ in found] == [2.0, 2.0, 1.0, 1.0]
     busy = "while other processes used 1.5 of 2 cores"
-    assert [busy in one.timing for one in found] == [True, True, False, False]
-    assert ["timed on" in one.timing for one in found] == [False, True, False, True]
+    assert [busy in how for _, how in found] == [True, True, False, False]
+    assert ["timed on" in how for _, how in found] == [False, True, False, True]
+
+
+@pytest.mark.slow
+def test_a_short_run_is_sampled_whole(text: Path) -> None:
+    """The batches are those that it trains on, in their order; of a longer run there are some of the first ones."""
+    for settings, steps in (
+        (["max_steps=3"], [0, 1, 2]),
+        (["max_steps=99", "batch.group_by_length=24"], range(0, 24, 2)),
+    ):
+        with prepared(tiny(text, *settings), quiet) as run:
+            sampled, _ = run.sample()
+            expected = [run.batches.batches(step) for step in steps]
+        assert len(sampled) == len(expected)
+        assert all(
+            torch.equal(a["tokens"], b["tokens"])
+            for x, y in zip(sampled, expected, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
