@@ -21,10 +21,9 @@ from pathlib import Path
 
 from firth.corpora import closed_book, dictionary, download, minimal_pairs, pages, prepare
 from firth.corpora.download import Package
-from firth.corpora.input_files import stamp
 from firth.io.atomic import make_directory, scratch_directory, write_text
 from firth.io.cache import cache
-from firth.io.integrity import sealed, verify
+from firth.io.integrity import sealed, stamp, verify
 from firth.types import LOGGER, LogLine, UserError
 
 FORMAT_VERSION = 1

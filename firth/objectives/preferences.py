@@ -46,6 +46,7 @@ from firth.objectives.objective import (
     forward_flops,
     forward_work,
     hidden_states,
+    labeled,
     log_probs,
     num_correct,
     vocabulary_flops,
@@ -87,7 +88,7 @@ def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
 
 def answer_logprobs(model: LM, batch: Batch) -> Tensor:
     """Return the summed log-probability of the answer in each row: (..., T) fields -> (...)."""
-    hidden = model(batch, ForwardContext(needed_positions=batch["labels"] != IGNORE))
+    hidden = model(batch, ForwardContext(needed_positions=labeled(batch["labels"])))
     return log_probs(model, hidden, batch["labels"]).sum(-1)
 
 
@@ -129,7 +130,7 @@ class PairObjective(Objective):
         return build_comparison(example) | {"preferred": np.int64(0)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        return {"hidden": hidden_states(model, batch, batch["labels"] != IGNORE)}
+        return {"hidden": hidden_states(model, batch, labeled(batch["labels"]))}
 
     def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         total = forward_flops(model, batch, batch["labels"] != IGNORE) if forward is None else forward

@@ -79,11 +79,10 @@ class Replicas(Parallel):
             return
         while len(self._sent) < len(self.buckets):
             self._send()
-        used = torch.tensor(self._used, dtype=torch.float32, device=self.buckets[0][0].device)
         for work in self._sent:
             self.ranks.finish(work)
         parameters = [p for bucket in self.buckets for p in bucket]
-        for p, count in zip(parameters, self.ranks.sum(used).tolist(), strict=True):
+        for p, count in zip(parameters, self.ranks.sum_numbers(*self._used), strict=True):
             if not count:
                 p.grad = None
 

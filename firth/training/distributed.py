@@ -78,6 +78,10 @@ class Ranks:
             self.call(lambda: dist.all_reduce(x))
         return x
 
+    def sum_numbers(self, *values: float) -> list[float]:
+        """Return the sums over all ranks of numbers that the host has; no rank waits for its device."""
+        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist() if self.world > 1 else [*values]
+
     def begin_sum(self, x: Tensor) -> dist.Work:
         """Start to sum `x` over all ranks in place; `finish` waits for the result."""
         work: list[dist.Work] = []
@@ -207,12 +211,15 @@ class DistributedConfig(Validated, section="distributed"):
 
 
 def join(device: torch.device | None = None) -> Ranks:
-    """Join the process group of torchrun (gloo on CPU, nccl on CUDA), or return a single rank without torchrun."""
+    """Join the process group of torchrun, or return a single rank without torchrun.
+
+    Tensors on a CPU are exchanged by gloo, those on a GPU by nccl.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     on_cuda = device is not None and device.type == "cuda"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     peers = _peers() if dist.get_world_size() > 1 else None
     where = device if device is not None and on_cuda else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), where, peers)
