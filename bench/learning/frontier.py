@@ -41,8 +41,7 @@ from bench.harness import busy_seconds, machine, other_load
 from firth.corpora import catalog, readers
 from firth.data.config import DataConfig
 from firth.model.config import decoder_config
-from firth.pipelines.answers import SampleAnswers
-from firth.pipelines.best_of_n import RankAnswers
+from firth.pipelines.best_of_n import RankAnswers, SampleAnswers
 from firth.pipelines.frontier import CompareMethods
 from firth.recipes import post_training
 from firth.report.charts import Curve, Figure

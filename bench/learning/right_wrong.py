@@ -27,10 +27,10 @@ import numpy as np
 from bench.learning.frontier import holding
 from bench.learning.prompts import prepare_model, write_records
 from firth.corpora.catalog import fetch
-from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.tokenizer_match import load_tokenizer
 from firth.io.atomic import write_text
+from firth.runs.evaluate_prompts import evaluate_prompts
 from firth.runs.inference import evaluate_run
 
 OUT = Path("runs/right_wrong")

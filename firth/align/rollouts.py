@@ -18,7 +18,7 @@ with the same answers.
     train(policy, PPO(), batches, directory, ...)
 
 Of several ranks each samples and scores the answers to its share of the prompts, from the same seeds as one rank
-(`firth.align.sample_shared`). All then compute the numbers of the whole batch, which they need for means over it, and read
+(`firth.align.answers`). All then compute the numbers of the whole batch, which they need for means over it, and read
 their share of the examples.
 """
 
@@ -32,11 +32,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from firth.align import held_out_texts
+from firth.align import held_out
 from firth.align.advantages import GAE, AdvantageEstimator, GroupNormalized, LeaveOneOut, discounted_returns
-from firth.align.held_out_prompts import HeldOutPrompts
-from firth.align.held_out_texts import HeldOutTexts
-from firth.align.per_token import answer_mask, batch_numbers, per_token_numbers
+from firth.align.answers import answer_mask, batch_numbers, per_token_numbers, sample_shared, score_shared
+from firth.align.held_out import HeldOutPrompts, HeldOutTexts
 from firth.align.rewards import (
     FunctionReward,
     RewardFunction,
@@ -47,7 +46,6 @@ from firth.align.rewards import (
     rehearsed,
     replace_unfinished,
 )
-from firth.align.sample_shared import sample_shared, score_shared
 from firth.data.dialogues import Prompt
 from firth.data.dialogues import prompts as read_prompts
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
@@ -244,7 +242,7 @@ class RolloutsConfig(ExamplesConfig):
             kind = WindowsConfig(max_length=self.pretraining_length)
             windows = Documents(kind, text.stores()[0], data.tokenizer.vocab)
             source = MixtureSource([source, windows], [data.batch_size - self.pretraining_rows, self.pretraining_rows])
-        examples = [{"tokens": p.tokens, "fields": p.fields} for p in (held or prompts)[: held_out_texts.COUNT]]
+        examples = [{"tokens": p.tokens, "fields": p.fields} for p in (held or prompts)[: held_out.COUNT]]
         measured = HeldOutPrompts(
             held, data.tokenizer, judge, start, self.max_new_tokens, data.seed, true, unfinished_score=self.unfinished_score,
             ranks=data.ranks,

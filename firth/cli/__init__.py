@@ -17,12 +17,11 @@ from firth.cli.evaluation import evaluate, ratings
 from firth.cli.inference import chat, embed, fill, generate, predict, vectors
 from firth.cli.information import doctor, fetch, list_, show
 from firth.cli.models import export, import_
-from firth.cli.pipelines import pipeline
 from firth.cli.preparation import prepare
 from firth.cli.scaling import plan, scale_fit, scale_run, sweep
 from firth.cli.serving import annotate, serve, watch
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
-from firth.cli.training import compare, demo, train
+from firth.cli.training import compare, demo, pipeline, train
 from firth.io.atomic import refusal
 from firth.types import UserError
 

@@ -80,7 +80,7 @@ def evaluate(
     prompted = [one for one in tasks if is_prompt_task(one)]
     if prompted and len(prompted) == len(tasks):
         from firth.evaluate.prompting.prompt_task import PromptConfig
-        from firth.runs.prompt_report import evaluate_and_report
+        from firth.runs.evaluate_prompts import evaluate_and_report
 
         config = PromptConfig(shots, chat, cot or "", votes, seed=seed, limit=limit, max_new_tokens=max_new_tokens)
         typer.echo(

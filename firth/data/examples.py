@@ -20,8 +20,7 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LOGGER, DataStats, LogLine, RankGroup, UserError
 
 if TYPE_CHECKING:
-    from firth.align.held_out_prompts import HeldOutPrompts
-    from firth.align.held_out_texts import HeldOutTexts
+    from firth.align.held_out import HeldOutPrompts, HeldOutTexts
     from firth.model.model import LM
     from firth.objectives.objective import Objective
 
@@ -40,7 +39,7 @@ class DatasetSplits:
         read_stats: Counts of the reader when the token store was built.
         no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
         texts: Held-out prompts for the report, where they are not taken from the sources
-            (`firth.align.held_out_texts.choose`).
+            (`firth.align.held_out.choose`).
         prompts: Held-out prompts that are answered during training, in place of a validation source.
     """
 

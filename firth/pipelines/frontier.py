@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from firth.align.per_token import per_token_numbers
+from firth.align.answers import per_token_numbers
 from firth.align.rewards import FunctionReward, RewardFunction, RewardModel, Rollout, named_function, score_rollouts
 from firth.align.rollouts import RolloutsConfig
 from firth.data.dialogues import Prompt, prompts

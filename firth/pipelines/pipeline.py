@@ -28,12 +28,10 @@ from typing import Any
 from firth.corpora.download import digest as file_digest
 from firth.io.atomic import make_directory, write_text
 from firth.io.yaml_files import parse_yaml
-from firth.pipelines.answers import SampleAnswers
-from firth.pipelines.best_of_n import RankAnswers
+from firth.pipelines.ai_feedback import JudgePairs, ReviseAnswers
+from firth.pipelines.best_of_n import RankAnswers, SampleAnswers
 from firth.pipelines.frontier import CompareMethods
-from firth.pipelines.judge import JudgePairs
 from firth.pipelines.rationales import SampleRationales
-from firth.pipelines.revisions import ReviseAnswers
 from firth.pipelines.stage import Stage, Summary
 from firth.pipelines.tuning import EvaluateModels, TrainRecipe
 from firth.report.page import Cell, Report, Section, Table, write
@@ -320,3 +318,36 @@ def pipeline_report(pipeline: Pipeline, finished: Sequence[FinishedStage]) -> Re
         text = f"The page of this stage is {one.name}/report.html." if page.is_file() else ""
         sections.append(Section(one.name, text, tables=(Table("", ("number", "value"), numbers),)))
     return Report(pipeline.source.stem, sections=tuple(sections))
+
+
+TRAINED = ("dpo", "ppo", "grpo")
+"""Methods that are stages of the pipeline, each trained from the finetuned model."""
+
+METHODS = ("prompt", "sft", "best-of-n", *TRAINED)
+
+
+def load_methods(methods: Sequence[str], assignments: Sequence[str], out: Path) -> Pipeline:
+    """Return the pipeline `side_by_side` without the stages of other methods.
+
+    The finetuned model and the reward model are always trained: the first is what the divergence is measured from, the second is the
+    reward of the table.
+
+    Args:
+        methods: Names in `METHODS`.
+        assignments: `INPUT=value` and `STAGE.field=value`.
+        out: The directory of the stages.
+
+    Raises:
+        UserError: There is no such method, or a setting is wrong.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise UserError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
+    if not methods:
+        raise UserError(f"there is no method to compare: choose from {', '.join(METHODS)}")
+    table = [f"table.frontier=[{', '.join(f'${name}' for name in TRAINED if name in methods)}]"]
+    if "prompt" not in methods:
+        table.append("table.prompt=''")
+    if "best-of-n" not in methods:
+        table.append("table.best_of=[]")
+    return load_pipeline("side_by_side", [*table, *assignments], out, leave_out=set(TRAINED) - set(methods))

@@ -24,8 +24,7 @@ from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.fields import NonNegativeInt, PositiveFloat, Share, TokenCount
 from firth.io.cache import cache
-from firth.pipelines.records import open_responder, write_records
-from firth.pipelines.stage import Stage, Summary, Weights
+from firth.pipelines.stage import Stage, Summary, Weights, open_responder, write_records
 from firth.types import LOGGER, UserError
 
 HINT = "(Hint: the answer is {{_gold}}.)"

@@ -16,7 +16,7 @@ from firth.fields import NonNegativeInt, PositiveInt
 from firth.io.atomic import write_text
 from firth.pipelines.stage import Stage, Summary, Weights, files_of
 from firth.runs import config_io
-from firth.runs.prompt_report import evaluate_and_report
+from firth.runs.evaluate_prompts import evaluate_and_report
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.align.precompute import RefLogprobsConfig
+from firth.align.precompute import RefLogprobsConfig, UnpairedPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
-from firth.align.unpaired import UnpairedPreferencesConfig
 from firth.data.dialogues import DialoguesConfig, PreferencesConfig
 from firth.data.rankings import RankingsConfig
 from firth.objectives.policy_gradient import GRPO, PPO, RLOO, Reinforce

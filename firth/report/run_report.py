@@ -8,7 +8,7 @@
                     about the end of the run; "exported_step" is the step of the exported model, the last or the best
     held_out.json   optional: results of the exported model on held-out examples (`firth.report.held_out`)
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; the first and last of a prompt are shown
-    held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.align.held_out_texts`)
+    held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.align.held_out`)
 
 A run of reinforcement learning has rows of the split "rollouts"; its page starts with reward, divergence and answers.
 

@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig
+from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig, UnpairedPreferencesConfig
 from firth.align.rewards import SampledPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
-from firth.align.unpaired import UnpairedPreferencesConfig
 from firth.corpora.input_files import ReadStats
 from firth.data import class_counts
 from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotatorsConfig

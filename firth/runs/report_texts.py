@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from firth.align import held_out_texts
-from firth.align.held_out_texts import HeldOutTexts
+from firth.align import held_out
+from firth.align.held_out import HeldOutTexts
 from firth.data.examples import DatasetSplits
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
@@ -27,7 +27,7 @@ SAMPLES = "samples.jsonl"
 
 def delete_texts(directory: Path) -> None:
     """Delete the texts of a run that ended before its first checkpoint."""
-    for name in (SAMPLES, held_out_texts.FILE):
+    for name in (SAMPLES, held_out.FILE):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -97,7 +97,7 @@ def _write_samples(
 
 def texts_of(recipe: ResolvedRecipe, splits: DatasetSplits) -> HeldOutTexts | None:
     """Return the held-out prompts that the report shows answers to; None if the run does not train on answers to prompts."""
-    return splits.texts or held_out_texts.choose(splits.train, splits.validation, recipe.examples.fields)
+    return splits.texts or held_out.choose(splits.train, splits.validation, recipe.examples.fields)
 
 
 def _write_held_out_texts(recipe: ResolvedRecipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:
@@ -109,7 +109,7 @@ def _write_held_out_texts(recipe: ResolvedRecipe, splits: DatasetSplits, model: 
             with data.autocast():
                 return texts.rows(model, data.tokenizer, step, recipe.seed)
 
-        _add_rows(data.directory / held_out_texts.FILE, step, rows)
+        _add_rows(data.directory / held_out.FILE, step, rows)
 
 
 def _add_rows(path: Path, step: int, make: Callable[[], Iterable[dict[str, Any]]]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from firth.align.held_out_prompts import HeldOutPrompts
+from firth.align.held_out import HeldOutPrompts
 from firth.data.collate import Batches
 from firth.data.labels import has_spans
 from firth.data.source import Source

@@ -4,12 +4,12 @@
 
 The law is one of `firth scale fit`, or the one that firth ships for decoders (firth/scaling/files, with its text and CPU). The
 plan keeps the recipe, the length of rows, the batch and the rules of a sweep (`firth.scaling.sweep`); the vocabulary is that of
-`firth.scaling.vocabulary`. Sizes are compared by the loss that the law expects after the text that each reads in the time.
+`firth.scaling.text`. Sizes are compared by the loss that the law expects after the text that each reads in the time.
 The speed of each is that of timed steps on this machine (`firth.runs.estimate`).
 
 The law is read at the width of a model and at the bytes that it reads, both in the law's own vocabulary. Losses of two texts differ
 by how hard the texts are. The bits per byte are those of the law times the ratio of the two texts' sizes under bzip2, and their
-interval includes the error that this has on other texts; a short run on the text replaces both (`firth.scaling.calibrate`).
+interval includes the error that this has on other texts; a short run on the text replaces both (`firth.scaling.text`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from firth.runs.recipe import Recipe, load
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run import check_weights_fit
 from firth.runs.step_estimate import check_fits
-from firth.scaling.calibrate import calibrate
-from firth.scaling.compressed import compressed_bits
 from firth.scaling.fit import Estimate
 from firth.scaling.fitted import FAR, FittedLaw, LawPoint
 from firth.scaling.sizes import count_parameters, planned_recipe, scaled, scaled_config
 from firth.scaling.sweep import MIN_STEPS
-from firth.scaling.vocabulary import largest_of_model, prepared_with_vocabulary
+from firth.scaling.text import calibrate, compressed_bits, largest_of_model, prepared_with_vocabulary
 from firth.training.device import default_device
 from firth.training.distributed import Ranks
 from firth.training.speed import machine_peak

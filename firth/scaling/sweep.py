@@ -42,8 +42,8 @@ from firth.runs.recipe import CheckpointConfig, EvalConfig, Recipe, TokenizerCon
 from firth.runs.run import run
 from firth.runs.tokenizer import tokenizer_of
 from firth.runs.workers import Claim, Claims, WorkUnit, preparing, start_workers, work
-from firth.scaling.compressed import compressed_bits
 from firth.scaling.sizes import DECAY_RATIO, LR_EXPONENT, WARMUP_STEPS, count_parameters, scaled
+from firth.scaling.text import compressed_bits
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.device import choose_precision, default_device
 from firth.training.schedule import Budget, Schedule

@@ -26,13 +26,13 @@ from starlette.routing import BaseRoute, Route
 
 from firth.evaluate.prompting.requests import GenerateRequest, sample_seed
 from firth.fields import AnswerCount, NonNegativeInt, PositiveFloat, Share, ShareAboveZero, TokenCount, Validated
-from firth.pipelines.records import Asker, PromptRecord, read_prompts
+from firth.pipelines.stage import Asker, PromptRecord, read_prompts
 from firth.serve.config import ServeLimits
-from firth.serve.errors import ApiError
 from firth.serve.operations import Places, parse
 from firth.serve.pages import annotation_page
 from firth.serve.preference_statistics import statistics
 from firth.serve.preferences import JudgedItem, Preferences, StaleError, make_item
+from firth.serve.responses import ApiError
 from firth.serve.schemas import Strict
 from firth.types import LOGGER, UserError
 

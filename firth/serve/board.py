@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from firth.io.yaml_files import read_yaml
-from firth.serve.errors import ApiError
+from firth.serve.responses import ApiError
 from firth.tokenizer.vocab import replace_lone_surrogates
 from firth.training.logging import FILE
 from firth.types import UserError

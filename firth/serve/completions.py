@@ -21,10 +21,9 @@ from firth.generate.scheduler import GenerationRequest, Update
 from firth.generate.scoring import ScoredPair, TokenScores, score_slices
 from firth.generate.slices import Slices
 from firth.serve.config import ServeLimits
-from firth.serve.errors import ApiError
-from firth.serve.events import EventStream
 from firth.serve.operations import SLICE_TOKENS, Context, batches
-from firth.serve.registry import ServedModel
+from firth.serve.registry import Offsets, ServedModel
+from firth.serve.responses import ApiError, EventStream
 from firth.serve.schemas import (
     ChatAnswer,
     ChatChoice,
@@ -46,7 +45,6 @@ from firth.serve.schemas import (
     Usage,
 )
 from firth.serve.structured import GrammarConstraint
-from firth.serve.token_texts import Offsets
 from firth.tokenizer import chat
 
 GREEDY_TEMPERATURE = 1e-4

@@ -23,7 +23,7 @@ import torch
 from firth.generate.engine import Engine
 from firth.generate.scheduler import GenerationRequest, Scheduler, TokenConstraint, Update
 from firth.generate.slices import Slices
-from firth.serve.errors import ApiError
+from firth.serve.responses import ApiError
 from firth.types import LOGGER, UserError
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from firth.serve.config import ServeConfig
-from firth.serve.errors import ApiError
+from firth.serve.responses import ApiError
 from firth.types import LOGGER
 
 CONTENT_SECURITY_POLICY = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 from collections.abc import Callable, Sequence
@@ -13,15 +14,19 @@ from firth.data.conversations import messages_of
 from firth.evaluate.prompting.requests import ScoreRequest
 from firth.evaluate.tasks.preferences import dialogue_rewards
 from firth.generate import embeddings
+from firth.generate.attention_maps import AttentionMap
 from firth.generate.scoring import ScoredPair, TokenScores
 from firth.generate.slices import Slices
 from firth.runs.loaded_model import trained_length
 from firth.serve.completions import at_least, check_limit
-from firth.serve.errors import ApiError
 from firth.serve.operations import SLICE_TOKENS, Context, Handler, batches, tokenizing
 from firth.serve.registry import ServedModel
+from firth.serve.responses import ApiError
 from firth.serve.schemas import (
     Alternative,
+    AttentionRequest,
+    AttentionResponse,
+    AttentionWeights,
     EmbeddingEntry,
     EmbeddingRequest,
     EmbeddingResponse,
@@ -234,3 +239,24 @@ async def reward(context: Context, body: RewardRequest) -> BaseModel:
     rewards = await run_records(context, body.records, job)
     rows = [RewardRow(row=i, reward=value) for i, value in enumerate(rewards, 1)]
     return RewardResponse(model=served.name, rows=rows)
+
+
+async def attention(context: Context, body: AttentionRequest) -> BaseModel:
+    """Return the attention weights of a text (`firth.generate.attention_maps`)."""
+    served = context.models.get(body.model)
+    encoded = body.encoding_format == "base64"
+
+    def response(found: Sequence[AttentionMap]) -> AttentionResponse:
+        maps = [
+            AttentionWeights(
+                kind=one.kind, queries=list(one.queries), keys=list(one.keys), shape=list(one.weights.shape),
+                weights=base64.b64encode(one.weights.tobytes()).decode() if encoded else one.weights.tolist(),
+            )
+            for one in found
+        ]  # fmt: skip
+        return AttentionResponse(model=served.name, maps=maps)
+
+    for text in (body.text, body.answer or ""):
+        await check_length(context, served, text)
+    found = await context.models.thread.run_slices(served.model.attention_slices(body.text, body.answer))
+    return await asyncio.to_thread(response, found)

@@ -21,9 +21,8 @@ from starlette.routing import Route
 
 from firth.generate.slices import can_read_in_chunks
 from firth.serve.config import ServeLimits
-from firth.serve.errors import ApiError
-from firth.serve.events import EventStream, disconnected
 from firth.serve.registry import ModelRegistry, ServedModel
+from firth.serve.responses import ApiError, EventStream, disconnected
 from firth.types import UserError
 
 RETRY_SECONDS = 1

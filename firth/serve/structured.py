@@ -11,7 +11,7 @@ import numpy as np
 
 from firth.generate.engine import Engine
 from firth.serve.config import ServeLimits
-from firth.serve.errors import ApiError
+from firth.serve.responses import ApiError
 from firth.serve.schemas import JsonObjectFormat, JsonSchemaFormat, RegexFormat, TextFormat
 
 Format = TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat

@@ -7,9 +7,9 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.io.safetensors import read_file
+from firth.runs.evaluate_prompts import evaluate_prompts
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.types import UserError

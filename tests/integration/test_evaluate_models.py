@@ -8,14 +8,12 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.runner import TaskResult
+from firth.runs.evaluate_prompts import evaluate_and_report, evaluate_prompts, training_texts
 from firth.runs.import_export import export_model
-from firth.runs.prompt_report import evaluate_and_report
 from firth.runs.recipe import load
 from firth.runs.run import run
-from firth.runs.training_text import training_texts
 from firth.types import UserError
 from tests.support.messages import logged
 from tests.support.runs import quiet

@@ -16,7 +16,7 @@ from firth.evaluate.prompting.requests import Reply, Request, ScoreReply, ScoreR
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.pipelines import records
+from firth.pipelines import stage as stage_module
 from firth.pretrained.load_save import save_model
 from firth.tokenizer.train import train as train_tokenizer
 from firth.types import UserError
@@ -140,7 +140,7 @@ def test_stages_choose_the_data_type_of_the_weights(workdir: Path, monkeypatch: 
             assert str(CliRunner().invoke(app, [*arguments, *more]).exception) == "stopped"
         wrong = CliRunner().invoke(app, [*arguments, "weights=fp64"])
         assert isinstance(wrong.exception, UserError) and "weights" in str(wrong.exception)
-    assert opened == ["fp32", records.fast_weights] * 3
+    assert opened == ["fp32", stage_module.fast_weights] * 3
 
 
 class LongerIsBetter:
@@ -164,9 +164,9 @@ class LongerIsBetter:
 
 def test_ai_feedback(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge's decisions become DPO's preferences."""
-    opened = records.open_responder
+    opened = stage_module.open_responder
     monkeypatch.setattr(
-        records,
+        stage_module,
         "open_responder",
         lambda name, weights="", scored=False: LongerIsBetter() if name == "judge" else opened(name, weights),
     )

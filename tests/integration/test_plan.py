@@ -22,7 +22,7 @@ from firth.scaling import plan as plan_module
 from firth.scaling.fitted import FittedLaw
 from firth.scaling.laws import ComputeRule, LossLaw, RepeatLaw
 from firth.scaling.plan import default_law, plan_run, plan_runs
-from firth.scaling.vocabulary import frequent_share, of_vocabulary, prepared_with_vocabulary
+from firth.scaling.text import frequent_share, of_vocabulary, prepared_with_vocabulary
 from firth.types import UserError
 from tests.support.runs import quiet
 

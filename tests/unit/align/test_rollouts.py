@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from firth.align.advantages import GroupNormalized, LeaveOneOut
-from firth.align.per_token import per_token_numbers
+from firth.align.answers import per_token_numbers
 from firth.align.precompute import PrecomputedSource, precompute
 from firth.align.rewards import (
     FunctionReward,

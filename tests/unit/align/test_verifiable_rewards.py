@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.align.held_out_prompts import HeldOutPrompts
+from firth.align.held_out import HeldOutPrompts
 from firth.align.rewards import FunctionReward, Rollout, WeightedRewards, score_rollouts
 from firth.align.rollouts import RolloutsConfig, RolloutSource, next_kl_coef
 from firth.data.dialogues import Prompt

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from firth.align.unpaired import MismatchedAnswers, UnpairedPreferencesConfig
+from firth.align.precompute import MismatchedAnswers, UnpairedPreferencesConfig
 from firth.data.collate import collate, label_fields_of
 from firth.data.config import DataConfig
 from firth.data.dialogues import PreferencesConfig

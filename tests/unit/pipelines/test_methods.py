@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from firth.cli import app
 from firth.pipelines.frontier import CompareMethods, Mean, MethodResult, printed
-from firth.pipelines.methods import METHODS, TRAINED, load_methods
+from firth.pipelines.pipeline import METHODS, TRAINED, load_methods
 from firth.types import UserError
 
 BASE = ["model=m", "dialogues=d.jsonl", "comparisons=c.jsonl", "test=t.jsonl"]

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import pytest
 
 from firth.pipelines import pipeline, tuning
-from firth.pipelines.answers import SampleAnswers
-from firth.pipelines.judge import JudgePairs
+from firth.pipelines.ai_feedback import JudgePairs
+from firth.pipelines.best_of_n import SampleAnswers
 from firth.pipelines.pipeline import load_pipeline, load_stage, names, run_pipeline
 from firth.pipelines.stage import Stage
 from firth.pipelines.tuning import TrainRecipe

@@ -18,11 +18,11 @@ from firth.evaluate.prompting.requests import (
     ScoreRequest,
     sample_seed,
 )
-from firth.pipelines import rationales, records
-from firth.pipelines.answers import SampleAnswers
-from firth.pipelines.judge import JudgePairs, answer_pairs
+from firth.pipelines import rationales
+from firth.pipelines import stage as stage_module
+from firth.pipelines.ai_feedback import JudgePairs, ReviseAnswers, answer_pairs
+from firth.pipelines.best_of_n import SampleAnswers
 from firth.pipelines.rationales import SampleRationales
-from firth.pipelines.revisions import ReviseAnswers
 from firth.types import UserError
 from tests.support.samples import sample_number
 
@@ -68,7 +68,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[RuleModel]
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
 
     def use(model: RuleModel) -> RuleModel:
-        for module in (records, rationales):
+        for module in (stage_module, rationales):
             monkeypatch.setattr(module, "open_responder", lambda name, weights="", scored=False: model)
         return model
 

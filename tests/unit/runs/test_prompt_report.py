@@ -3,7 +3,7 @@
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.runner import TaskResult, metric_value
 from firth.report.page import render
-from firth.runs.prompt_report import prompt_report
+from firth.runs.evaluate_prompts import prompt_report
 
 
 def result(model: str, values: list[float]) -> TaskResult:

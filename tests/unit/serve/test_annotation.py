@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from firth.data.rankings import ranking
 from firth.evaluate.prompting.requests import GenerateReply
-from firth.pipelines.records import Asker, read_prompts
+from firth.pipelines.stage import Asker, read_prompts
 from firth.serve.annotation import AnnotationConfig, Collection, annotation_routes, sampled_items
 from firth.serve.app import create_app
 from firth.serve.config import ServeConfig, ServeLimits

@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from firth.generate.sampling import Sampling
+from firth.serve.registry import TokenTexts
 from firth.serve.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, PredictRequest
-from firth.serve.token_texts import TokenTexts
 
 PROMPT = "Who paints the boat"
 

@@ -14,8 +14,8 @@ import pytest
 from firth.generate import embeddings
 from firth.serve import app, inference, operations
 from firth.serve.config import ServeLimits
-from firth.serve.events import EventStream
 from firth.serve.registry import ServedModel
+from firth.serve.responses import EventStream
 from firth.serve.schemas import HealthResponse
 from tests.support.serving import serving
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from firth.serve.app import OPERATIONS, STATIC
+from firth.serve.app import OPERATIONS, STATIC, document
 from firth.serve.config import ServeConfig
-from firth.serve.errors import ApiError
-from firth.serve.openapi import document
 from firth.serve.operations import parse
+from firth.serve.responses import ApiError
 from tests.support.commands import fenced
 
 PAGE = (Path(__file__).parents[3] / "docs" / "how-to" / "serve-a-model.md").read_text("utf-8")

@@ -12,7 +12,7 @@ import pytest
 from firth.generate.sampling import Sampling
 from firth.generate.scheduler import GenerationRequest, Scheduler
 from firth.serve.engine_thread import EngineThread
-from firth.serve.errors import ApiError
+from firth.serve.responses import ApiError
 from firth.types import UserError
 from tests.support.serving import serving
 

@@ -27,8 +27,8 @@ from firth.runs.loaded_model import Model
 from firth.serve.app import create_app
 from firth.serve.board import Board
 from firth.serve.config import ServeConfig
+from firth.serve.pages import describe, site
 from firth.serve.registry import ModelRegistry, ServedModel
-from firth.serve.views import describe, site
 from tests.support.models import random_model
 from tests.support.serving import Running
 from tests.support.tiny_corpus import tokenizer

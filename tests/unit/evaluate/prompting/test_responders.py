@@ -16,7 +16,6 @@ import torch
 
 from firth.evaluate.prompting import endpoint, local_model
 from firth.evaluate.prompting.endpoint import Endpoint
-from firth.evaluate.prompting.evaluate import evaluate_prompts
 from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ReplyCache, ScoreReply, ScoreRequest
@@ -25,6 +24,7 @@ from firth.evaluate.task import EvaluatedModel
 from firth.generate.decoding_batch import rectangle
 from firth.generate.scoring import ScoredPair, _fp32_logits, score_gaps
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
+from firth.runs.evaluate_prompts import evaluate_prompts
 from firth.types import UserError
 from tests.support.fake_responder import items
 from tests.support.models import random_model
