@@ -53,7 +53,7 @@ from firth.objectives.objective import (
 )
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError, on_both
 
 PAIR_INPUTS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
 """The fields of a chosen and a rejected answer to one prompt."""
@@ -320,7 +320,7 @@ class KTO(Objective):
         own, other = _rows(batch, 0), _rows(batch, 1)
         with torch.no_grad():
             mismatched = answer_logprobs(model, other)
-        return {"hidden": hidden_states(model, own, own["labels"] != IGNORE), "mismatched": mismatched}
+        return {"hidden": hidden_states(model, own, labeled(own["labels"])), "mismatched": mismatched}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         logprobs = log_probs(model, outputs["hidden"], batch["labels"][:, 0]).sum(-1)  # (B,)
@@ -335,8 +335,8 @@ class KTO(Objective):
             "kto": (weight * (1 - values)).sum(),
             "accuracy": (sign * (known - kl) > 0).sum().float(),
             "kl_per_answer": kl * len(known),
-            "chosen": known[desirable].sum(),
-            "rejected": known[~desirable].sum(),
+            "chosen": known.where(desirable, 0).sum(),
+            "rejected": known.where(~desirable, 0).sum(),
         }
 
     def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
@@ -350,4 +350,4 @@ class KTO(Objective):
 
 def _rows(batch: Batch, index: int) -> Batch:
     """Return one row of each group as a batch: (B, 2, T) -> (B, T)."""
-    return {name: field[:, index] for name, field in batch.items() if field.ndim == 3}
+    return {name: on_both(lambda x: x[:, index], field) for name, field in batch.items() if field.ndim == 3}
