@@ -39,7 +39,7 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog
 from firth.data.collate import Batches, collate
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
 from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from firth.corpora.catalog import fetch
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import ReplyCache
+from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.io.atomic import write_text

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import busy_seconds, machine, other_load
-from firth.data.config import DataConfig
 from firth.data.dialogues import prompts as read_prompts
+from firth.data.examples import DataConfig
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import decoder_config

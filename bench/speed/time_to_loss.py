@@ -113,7 +113,7 @@ class TextData:
 def prepare_text(corpus: str, results: Path) -> TextData:
     """Split the corpus into training and held-out plays; the tokenizer is trained on the training plays."""
     from firth.corpora.catalog import fetch
-    from firth.data.config import DataConfig
+    from firth.data.examples import DataConfig
     from firth.data.windows import Documents, WindowsConfig
     from firth.runs.prepare import RunData, documents_of
     from firth.tokenizer.tokenizer import Tokenizer

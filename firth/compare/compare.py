@@ -32,7 +32,7 @@ import torch
 
 from firth.compare.probe_dataset import MAX_TEST_RECORDS, ProbeDataset, draw_probe
 from firth.compare.report import Score, write_comparison
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import LabeledConfig
 from firth.evaluate import cloze
 from firth.evaluate.cloze import ClozeItem

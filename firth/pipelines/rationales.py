@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from annotated_types import Interval
 
-from firth.evaluate.prompting.answers import INVALID, FilterChain, apply_filters
+from firth.evaluate.prompting.metrics import INVALID, FilterChain, apply_filters
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.prompts import Item, render
 from firth.evaluate.prompting.requests import ReplyCache

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Literal, cast
 
 from firth.corpora.readers import files, records
 from firth.data.conversations import prompt_of
-from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompts import without_lone_surrogates
 from firth.evaluate.prompting.requests import (
     GenerateReply,
@@ -26,6 +24,7 @@ from firth.evaluate.prompting.requests import (
     ScoreReply,
     ScoreRequest,
 )
+from firth.evaluate.prompting.responders import PREFIX, Endpoint, LocalModel
 from firth.evaluate.prompting.runner import ask_model
 from firth.fields import Validated
 from firth.io import user_code

@@ -46,10 +46,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.align.precompute import PseudoLabeledConfig
-from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.dialogues import Seq2SeqConfig
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.objectives.classification import Classification, MultipleChoice, Regression
 from firth.objectives.semi_supervised import MultiAnnotator, PseudoLabels, WeightPenalty
 from firth.objectives.sft import Seq2SeqSFT

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import TaggedConfig
 from firth.data.windows import WindowsConfig, WordWindowsConfig
 from firth.model.config import (

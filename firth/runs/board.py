@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from firth.evaluate.prompting.comparison import Comparison, base_name, common_items, compare, main_metric
-from firth.evaluate.prompting.results import read_results
+from firth.evaluate.prompting.results import Comparison, base_name, common_items, compare, main_metric, read_results
 from firth.evaluate.prompting.runner import LOWER_IS_BETTER, TaskResult
 from firth.io.atomic import make_directory
 from firth.report.page import Cell, Report, Section, Table, write

@@ -19,8 +19,8 @@ from firth import kernel_choice
 from firth.corpora import readers
 from firth.corpora.input_files import GROWTH
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
 from firth.data.corpus import is_corpus
+from firth.data.examples import DataConfig
 from firth.io.gguf import find
 from firth.io.json_files import row_line
 from firth.model.model import LM

@@ -17,8 +17,8 @@ import torch
 
 from firth.data.source import Source
 from firth.evaluate.in_context import InContextTexts, copying, in_context_score, in_context_texts
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
+from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.evaluate.task import EvaluatedModel

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from firth.data.token_store import TokenStore
 from firth.evaluate.prompting.contamination import TrainingText, find_contaminated
-from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.requests import ReplyCache, Responder
+from firth.evaluate.prompting.responders import PREFIX, Endpoint, LocalModel
 from firth.evaluate.prompting.results import comparisons, contamination_lines, table, to_json, write_results
 from firth.evaluate.prompting.runner import TaskResult, run_tasks, with_contamination
 from firth.evaluate.prompting.task_files import load_tasks

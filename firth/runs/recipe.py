@@ -22,9 +22,8 @@ from typing import Any, Literal
 
 from firth import objectives
 from firth.corpora import catalog
-from firth.data.config import DataConfig
 from firth.data.corpus import PreparedCorpus, is_corpus
-from firth.data.examples import ExamplesConfig
+from firth.data.examples import DataConfig, ExamplesConfig
 from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum

@@ -19,9 +19,9 @@ import torch
 from firth import kernel_choice
 from firth.align.rewards import RewardError
 from firth.corpora import catalog
-from firth.data import class_counts, text_cache
+from firth.data import text_cache
 from firth.data.collate import Batches
-from firth.data.examples import DatasetSplits
+from firth.data.examples import DatasetSplits, class_summary
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
@@ -451,7 +451,7 @@ def _data_notes(
             f"{setting} needs held-out examples, and nothing is held out{why}: name data.validation_path=FILES, or raise "
             "data.validation_fraction"
         )
-    line = class_counts.class_summary(splits.train, splits.validation)
+    line = class_summary(splits.train, splits.validation)
     return [line] * bool(line) + [splits.no_validation_reason] * bool(splits.no_validation_reason)
 
 

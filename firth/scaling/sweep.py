@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
-from firth.data.examples import DatasetSplits
+from firth.data.examples import DataConfig, DatasetSplits
 from firth.fields import PositiveFloat, PositiveInt, Validated
 from firth.io.atomic import make_directory, write_text
 from firth.io.integrity import read_done, read_record, write_record

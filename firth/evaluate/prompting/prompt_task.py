@@ -20,8 +20,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from firth.evaluate.prompting.aggregates import Counts, class_counts, value_of
-from firth.evaluate.prompting.answers import SAMPLE_FILTERS, TEXT_METRICS, FilterChain, apply_filters
+from firth.evaluate.prompting.metrics import (
+    SAMPLE_FILTERS,
+    TEXT_METRICS,
+    Counts,
+    FilterChain,
+    apply_filters,
+    class_counts,
+    value_of,
+)
 from firth.evaluate.prompting.prompts import (
     STEP_BY_STEP,
     THEREFORE,

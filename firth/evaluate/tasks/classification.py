@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.labeled import LabeledConfig, TextsConfig
 from firth.data.records import Records
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.evaluate import metrics
 from firth.evaluate.heads import HeadOutput, HeadTask, softmax
 from firth.evaluate.prediction_inputs import FormField, InputSchema

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from firth.evaluate.prompting.aggregates import class_counts, value_of
+from firth.evaluate.prompting.metrics import class_counts, value_of
 from firth.evaluate.text_overlap import bleu, bleu_counts, rouge_l, rouge_lsum, rouge_n
 
 WORDS = [

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from firth.align.rewards import FunctionReward
 from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import collate
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
 from firth.generate import embeddings

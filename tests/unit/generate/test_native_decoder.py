@@ -10,7 +10,7 @@ from torch import Tensor
 from firth import kernel_choice
 from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_chunk, read_prompts
 from firth.generate.native_decoder import NativeDecoder
-from firth.generate.native_linear import few_rows
+from firth.generate.native_kernels import few_rows
 from firth.generate.quantized import quantize
 from firth.model import native
 from firth.model.config import (
