@@ -25,9 +25,9 @@ from firth.generate import native_decoder, native_kernels, quantized
 from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
 from firth.training import device, muon
+from firth.training.device import PRECISIONS, measure_peak
 from firth.training.logging import short
 from firth.training.optimizer import KERNEL as TABLE_ROWS
-from firth.training.speed import PRECISIONS, measure_peak
 
 
 @dataclass(frozen=True)

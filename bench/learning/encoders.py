@@ -52,7 +52,7 @@ from firth.objectives.objective import Objective, supervised
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD
 from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import init_from, load_model
-from firth.runs.init_head import init_head
+from firth.runs.build_model import init_head
 from firth.runs.prepare import RunData, documents_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer

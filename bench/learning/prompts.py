@@ -25,8 +25,7 @@ from firth.evaluate.prompting.requests import ReplyCache
 from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
-from firth.io.atomic import write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache, write_text
 from firth.runs.import_export import import_model
 
 OUT = Path("runs/prompts")

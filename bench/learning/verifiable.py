@@ -36,7 +36,7 @@ from firth.generate.sampling import Sampling
 from firth.model.config import decoder_config
 from firth.pretrained.load_save import load_model
 from firth.recipes import post_training
-from firth.report.overoptimization import parting
+from firth.report.sections import parting
 from firth.runs.examples import DialoguesConfig
 from firth.runs.recipe import BatchConfig, TokenizerConfig, load
 from firth.runs.run import run

@@ -269,7 +269,7 @@ def run_firth(clock: Clock, data: TextData, seed: int, settings: Settings | None
     from firth.model.config import ModelConfig
     from firth.model.model import LM
     from firth.recipes.decoders import gpt
-    from firth.runs.init_head import init_head
+    from firth.runs.build_model import init_head
     from firth.training.logging import NullReporter
     from firth.training.optimizer import OptimizerConfig
     from firth.training.schedule import Budget, Schedule

@@ -22,8 +22,7 @@ from pathlib import Path
 from firth.corpora import closed_book, download, minimal_pairs, prepare, reference_works
 from firth.corpora.download import Package
 from firth.corpora.input_files import stamp
-from firth.io.atomic import make_directory, scratch_directory, write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, make_directory, scratch_directory, write_text
 from firth.io.integrity import sealed, verify
 from firth.types import LOGGER, LogLine, UserError
 
@@ -287,7 +286,7 @@ def fetch(name: str, log: LogLine = LOGGER.info) -> Path:
     """
     if name not in CATALOG:
         raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOG)}")
-    return fetch_corpus(CATALOG[name], cache(), log)
+    return fetch_corpus(CATALOG[name], cache_directory(), log)
 
 
 def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
@@ -303,7 +302,7 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
         UserError: As `fetch`; or the corpus is a model, or the file does not exist.
     """
     name, _, side = name.partition("/")
-    directory = cache() / name
+    directory = cache_directory() / name
     if name not in CATALOG or _VERIFIED.get(directory) != _stamps(directory):
         directory = fetch(name, log)
         _VERIFIED[directory] = _stamps(directory)
@@ -326,7 +325,7 @@ def model_path(path: str, log: LogLine = LOGGER.info) -> str:
     """Return the directory of a model of the catalog, which is fetched first if needed; any other path as it is."""
     if path not in model_names() or Path(path).exists():
         return path
-    directory = cache() / path
+    directory = cache_directory() / path
     if _VERIFIED.get(directory) != _stamps(directory):
         _VERIFIED[fetch(path, log)] = _stamps(directory)
     return str(directory)

@@ -28,8 +28,7 @@ from firth.evaluate.prompting.responders import PREFIX, Endpoint, LocalModel
 from firth.evaluate.prompting.runner import ask_model
 from firth.fields import Validated
 from firth.io import user_code
-from firth.io.atomic import write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, write_text
 from firth.runs.loaded_model import fast_weights
 from firth.types import LOGGER, UserError
 
@@ -168,7 +167,7 @@ class Asker:
 
     def __init__(self, model: str, weights: Weights = "", scored: bool = False) -> None:
         self.responder = open_responder(model, weights, scored)
-        self._replies = ReplyCache(cache() / "replies", self.responder.digest)
+        self._replies = ReplyCache(cache_directory() / "replies", self.responder.digest)
 
     def write(self, requests: Sequence[GenerateRequest], locations: Sequence[str]) -> list[GenerateReply]:
         """Return the texts that the model writes, in order; see `_replies_to`."""

@@ -160,7 +160,7 @@ def glue(size: str = "sst2") -> Recipe:
 
     For MNLI data.validation_path is either of its two development sets, or both.
 
-    `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
+    `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.evaluate`).
     """
     plain = classification()
     tasks = {name: replace(plain, name=f"glue-{name}", examples=examples) for name, examples in GLUE.items()}

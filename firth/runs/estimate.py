@@ -34,13 +34,11 @@ from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
 from firth.runs.start_model import model_directory
-from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate
-from firth.runs.timing import step_seconds
-from firth.training.device import default_device
+from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate, step_seconds
+from firth.training.device import default_device, utilization
 from firth.training.distributed import Ranks, join
 from firth.training.logging import clock, short
 from firth.training.memory import MAX_READ_STEPS, variety
-from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
 
 SAMPLED_STEPS = 12

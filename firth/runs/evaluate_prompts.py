@@ -20,7 +20,7 @@ from firth.evaluate.prompting.responders import PREFIX, Endpoint, LocalModel
 from firth.evaluate.prompting.results import comparisons, contamination_lines, table, to_json, write_results
 from firth.evaluate.prompting.runner import TaskResult, run_tasks, with_contamination
 from firth.evaluate.prompting.task_files import load_tasks
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory
 from firth.io.integrity import check_recipe
 from firth.model.model import LM
 from firth.report.page import Cell, Report, Section, StatCell, Table, TextSample, write
@@ -82,7 +82,7 @@ def evaluate_prompts(
     found = []
     for number, model in enumerate(models):
         responder: Responder = endpoints.get(model) or LocalModel.open(Path(model), weights, within_word)
-        replies = ReplyCache(cache() / "replies", responder.digest)
+        replies = ReplyCache(cache_directory() / "replies", responder.digest)
         try:
             results = run_tasks(loaded, responder, config, replies, progress)
         finally:

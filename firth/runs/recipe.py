@@ -29,11 +29,10 @@ from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
 from firth.runs.compatibility import check_recipe
-from firth.runs.continued import continued, continues
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
 from firth.runs.recipe_names import RECIPES
-from firth.runs.start_model import model_directory
+from firth.runs.start_model import continued, continues, model_directory
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.distributed import DistributedConfig
 from firth.training.optimizer import OptimizerConfig
@@ -127,7 +126,7 @@ class ResolvedBatchConfig(BatchConfig):
 
 @dataclass(frozen=True)
 class EvalTask(Validated, section="evaluation.tasks"):
-    """A task that is evaluated at each validation (`firth.runs.eval_tasks`).
+    """A task that is evaluated at each validation (`firth.runs.evaluation`).
 
     Args:
         name: in_context, copying, or a task in prompts that firth ships (minimal_pairs).
@@ -195,7 +194,7 @@ class Recipe(Validated):
         tokenizer: The tokenizer.
         model: The architecture; None takes that of `init_from`. `vocab_size` may be left out; it is then the tokenizer's.
         init_from: A run or model directory, or a model of the catalog (minilm), to initialize the weights from. A pretraining
-            recipe then has the defaults of continued pretraining (`firth.runs.continued`).
+            recipe then has the defaults of continued pretraining (`firth.runs.start_model`).
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
             loaded (`firth.generate.embeddings`).

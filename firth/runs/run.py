@@ -35,21 +35,18 @@ from firth.pretrained.load_save import describe_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
-from firth.runs.branch import start_from_checkpoint
-from firth.runs.build_model import BuiltModel, assemble_model, builds_in_shards
+from firth.runs.build_model import BuiltModel, assemble_model, builds_in_shards, init_head
 from firth.runs.compatibility import check_available_memory, check_built, is_users
-from firth.runs.eval_tasks import EvalTasks
-from firth.runs.init_head import init_head
+from firth.runs.evaluation import EvalTasks, PromptValidator, Validator, vocab
 from firth.runs.loaded_model import Model
 from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
-from firth.runs.run_context import RunContext, RunIdentity
+from firth.runs.run_context import RunContext, RunIdentity, start_from_checkpoint
 from firth.runs.start_model import StartModel, model_directory
 from firth.runs.step_estimate import certainly_fits, check_fits, step_estimate
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
-from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
@@ -114,7 +111,7 @@ def run(
         log: Receives messages of the first rank.
         reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
-        start_from: A checkpoint of another run with the same first steps (`firth.runs.branch`), for a new run.
+        start_from: A checkpoint of another run with the same first steps (`firth.runs.run_context`), for a new run.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.

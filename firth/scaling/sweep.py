@@ -7,7 +7,7 @@
 
 Runs of one size share their constant learning rate. The schedule is warmup-stable-decay with a warmup in steps, so a larger
 budget starts from the checkpoint of the next smaller one at the start of its decay, and equals the run from step 0 to the bit
-(`firth.runs.branch`). Budgets and sizes may be added later.
+(`firth.runs.run_context`). Budgets and sizes may be added later.
 
 Several processes may work on one sweep: each takes a size that no other one holds (`firth.runs.workers`).
 """

@@ -19,7 +19,7 @@ from firth.generate.scheduler import GenerationRequest, Scheduler, Update
 from firth.model import native
 from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_decoder_config, recurrent_config
 from firth.model.model import LM
-from firth.peft.prefix_init import prefix_of, prompt_of
+from firth.runs.peft_options import prefix_of, prompt_of
 from firth.types import UserError
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.models import random_model, random_prompts

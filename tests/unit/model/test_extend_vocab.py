@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from firth.model.config import decoder_config, encoder_config
-from firth.model.extend_vocab import extend_vocab
 from firth.model.heads import LMHead
+from firth.model.init import extend_vocab
 from firth.model.model import LM
 
 PARTS = [[3, 4], [5], []]

@@ -32,7 +32,7 @@ from firth.objectives.reward_model import RewardModeling
 from firth.objectives.semi_supervised import PseudoLabels
 from firth.objectives.sentence_pairs import NSP
 from firth.objectives.sft import SFT
-from firth.peft.prefix_init import prefix_of, prompt_of
+from firth.runs.peft_options import prefix_of, prompt_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, DataStats, Example
 

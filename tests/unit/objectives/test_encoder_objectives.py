@@ -21,8 +21,8 @@ from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD, sample_tokens
 from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import load_model, save_model
+from firth.runs.build_model import init_head
 from firth.runs.compatibility import check_pattern
-from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
 from firth.training.logging import NullReporter
 from firth.training.optimizer import Optimizer, OptimizerConfig

@@ -20,8 +20,8 @@ from firth.objectives.objective import Objective, components, label_positions
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import WeightPenalty
 from firth.objectives.sentence_pairs import NSP
+from firth.runs.compatibility import SAMPLE_VOCAB, sample_example
 from firth.runs.examples import EXAMPLES
-from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
 from firth.types import Constraints
 
 PACKAGE = Path(objectives.__file__).parents[1]
