@@ -24,7 +24,6 @@ from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LOGGER, DataStats, LogLine, RankGroup, UserError
 
 if TYPE_CHECKING:
-    from firth.align.held_out import HeldOutPrompts, HeldOutTexts
     from firth.model.model import LM
     from firth.objectives.objective import Objective
 
@@ -133,9 +132,6 @@ class DatasetSplits:
         bytes_per_target: UTF-8 bytes of held-out text per label, where every token is a label; else 0.
         read_stats: Counts of the reader when the token store was built.
         no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
-        texts: Held-out prompts for the report, where they are not taken from the sources
-            (`firth.align.held_out.choose`).
-        prompts: Held-out prompts that are answered during training, in place of a validation source.
     """
 
     train: Source
@@ -143,8 +139,6 @@ class DatasetSplits:
     bytes_per_target: float = 0.0
     read_stats: Mapping[str, int] = field(default_factory=dict)
     no_validation_reason: str = ""
-    texts: HeldOutTexts | None = None
-    prompts: HeldOutPrompts | None = None
 
     @property
     def counts(self) -> dict[str, int]:

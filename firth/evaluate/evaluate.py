@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from firth.evaluate import tasks
-from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import EvaluatedModel, Progress, load_evaluated_model
+from firth.evaluate.tasks.likelihood import likelihood
 from firth.io.yaml_files import read_yaml
 from firth.types import UserError
 

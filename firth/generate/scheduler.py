@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,9 +36,7 @@ from firth.generate.native_kernels import summarize
 from firth.generate.output import Completion, StreamingOutput
 from firth.generate.sampling import NEGATIVE_INFINITY, Sampling, next_tokens, uniforms
 from firth.model.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from firth.generate.engine import Engine
+from firth.model.model import LM
 
 BLOCK = 16
 """Tokens of a block: only whole blocks are shared."""
@@ -222,6 +220,23 @@ class _Reading:
         return len(self.row.request.prompt) - self.done
 
 
+class Decoder(Protocol):
+    """What a scheduler needs of `firth.generate.engine.Engine`.
+
+    Attributes:
+        model: A model with an LM head.
+        stops: Token ids that end an answer.
+        start: The first token of an answer of an encoder-decoder; else None.
+    """
+
+    model: LM
+    stops: frozenset[int]
+    start: int | None
+
+    def output(self, prompt: np.ndarray, sampling: Sampling) -> StreamingOutput:
+        """Return the empty answer to a prompt (n,)."""
+
+
 class Scheduler:
     """Decodes many requests together; each may come and go at any time. Not thread-safe.
 
@@ -235,7 +250,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: Engine, max_rows: int = 16, prefill_chunk: int = 256, prefix_cache_bytes: int = 64 << 20,
+        self, engine: Decoder, max_rows: int = 16, prefill_chunk: int = 256, prefix_cache_bytes: int = 64 << 20,
         min_free_rows: int = 1,
     ):  # fmt: skip
         self.engine, self.max_rows, self.prefill_chunk = engine, max_rows, prefill_chunk

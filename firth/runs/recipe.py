@@ -28,9 +28,9 @@ from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Valida
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
-from firth.runs.compatibility import check_recipe
+from firth.runs.compatibility import check_batching, check_fields, check_memory, check_pattern, objective_name
 from firth.runs.examples import EXAMPLES
-from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, check_peft
 from firth.runs.recipe_names import RECIPES
 from firth.runs.start_model import continued, continues, model_directory
 from firth.tokenizer.tokenizer import Tokenizer
@@ -464,3 +464,52 @@ def load_resolved(directory: Path) -> ResolvedRecipe:
     data, lines = config_io.read_yaml(directory / "recipe.yaml")
     resolved: ResolvedRecipe = config_io.from_dict(ResolvedRecipe, data, config_io.SourceLocation((), lines))
     return resolved
+
+
+def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
+    """Raise a UserError if the sections of a recipe do not fit each other; the message suggests a change.
+
+    It is called when a recipe is loaded, and again when the start model, the records and this machine have filled in what was
+    open. What depends on a model config that is still open is checked then.
+
+    Args:
+        recipe: The recipe.
+        ranks: Number of ranks that train it.
+    """
+    objective, config, batch = recipe.objective, recipe.model, recipe.batch
+    check_peft(recipe.peft, recipe.init_from)
+    check_extension(recipe)
+    if config is not None:
+        check_pattern(objective, config, recipe.examples, fixed=bool(recipe.init_from))
+    check_fields(objective, recipe.examples, config)
+    if config is not None:
+        accumulate = batch.gradient_accumulation_steps
+        check_sharding(recipe)
+        check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
+        check_memory(config, recipe.examples, batch.packed_length)
+
+
+def check_extension(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe adds tokens to a tokenizer and has no start model, or does not train their embeddings."""
+    tokens = f"tokenizer.extend={recipe.tokenizer.extend}"
+    if not recipe.tokenizer.extend:
+        return
+    if not recipe.init_from or recipe.tokenizer.path or recipe.init_embeddings_from:
+        raise UserError(
+            f"{tokens} adds tokens to the tokenizer of init_from: set init_from=MODEL, without tokenizer.path and "
+            "init_embeddings_from"
+        )
+    if not isinstance(recipe.peft, FullFinetuning):
+        raise UserError(f"{tokens} adds rows to the token embeddings, which only peft=full trains: set peft=full")
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe shards a model that cannot be sharded."""
+    if recipe.distributed.shard == "none":
+        return
+    hint = "set distributed.shard=none"
+    if recipe.objective.constraints.whole_weights:
+        raise UserError(
+            f"objective {objective_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "
+            "optimizer.weight_decay in place of a penalty"
+        )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from firth import kernel_choice
+from firth.align.held_out import PromptSplits
 from firth.align.rewards import RewardError
 from firth.corpora import catalog
 from firth.data import text_cache
@@ -209,7 +210,7 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
         if splits.validation and len(splits.validation)
         else None
     )
-    if splits.prompts is not None:
+    if isinstance(splits, PromptSplits) and splits.prompts is not None:
         validator = PromptValidator(resolved, splits.prompts)
     tasks = EvalTasks.of(resolved, splits.validation, context.directory, data.tokenizer)
     notes = fallbacks(resolved.objective, resolved.examples, splits.train, data.tokenizer.vocab)

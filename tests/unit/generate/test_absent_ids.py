@@ -18,8 +18,8 @@ from firth.align.rewards import FunctionReward
 from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import collate
 from firth.data.examples import DataConfig
-from firth.evaluate.perplexity import likelihood
 from firth.evaluate.task import load_evaluated_model
+from firth.evaluate.tasks.likelihood import likelihood
 from firth.generate import embeddings
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
