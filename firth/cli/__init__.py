@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from firth import __version__
 from firth.cli.console import console
 from firth.cli.evaluation import evaluate, ratings
 from firth.cli.inference import chat, embed, fill, generate, predict, vectors
@@ -23,7 +22,7 @@ from firth.cli.serving import annotate, serve, watch
 from firth.cli.tokenizers import tokenizer_show, tokenizer_train
 from firth.cli.training import compare, demo, pipeline, train
 from firth.io.atomic import refusal
-from firth.types import UserError
+from firth.types import VERSION, UserError
 
 app = typer.Typer(
     help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",
@@ -83,5 +82,5 @@ def root(
 ) -> None:
     context.with_resource(console())
     if version:
-        typer.echo(f"firth {__version__}")
+        typer.echo(f"firth {VERSION}")
         raise typer.Exit

@@ -16,16 +16,14 @@ from dataclasses import replace
 from firth.data.examples import DataConfig
 from firth.data.labeled import TaggedConfig
 from firth.data.windows import WindowsConfig, WordWindowsConfig
-from firth.model.config import (
+from firth.model.config import ModelConfig, recurrent_config, word_vector_config
+from firth.model.config_groups import (
     CharacterConfig,
     EmbeddingConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
     RNNConfig,
-    recurrent_config,
-    word_vector_config,
 )
 from firth.objectives.causal_lm import BiLM, CausalLM
 from firth.objectives.layer_mixture import LayerMixture

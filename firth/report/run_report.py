@@ -30,7 +30,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from firth import __version__
 from firth.io.integrity import COPY_AGAIN, check_recipe, read_done, read_record, verify_files
 from firth.io.json_files import check_all, read_object
 from firth.io.json_files import read_rows as rows_of
@@ -38,7 +37,7 @@ from firth.io.yaml_files import parse_yaml
 from firth.report.charts import Curve, Figure, Level, number
 from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
 from firth.report.sections import gao_fit, held_out_section, parting
-from firth.types import UserError
+from firth.types import VERSION, UserError
 
 Row = Mapping[str, Any]
 
@@ -160,7 +159,7 @@ def run_report(directory: Path) -> Report:
         sections=sections,
         commands=commands(directory, done.get("next_command")),
         facts={
-            "made with": f"firth {__version__}, torch {version('torch')}",
+            "made with": f"firth {VERSION}, torch {version('torch')}",
             "run": f"{rows[-1]['step']:,} steps, {_clock(rows[-1]['seconds'])} of training",
             "exported": f"the model of step {exported:,}",
         },

@@ -36,8 +36,9 @@ from firth import objectives
 from firth.data.collate import counted_fields
 from firth.data.examples import ExamplesConfig
 from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config_groups import LEARNED_POSITIONS
+from firth.model.flops import num_parameters
 from firth.model.model import LM
-from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, TokenObjective, components
 from firth.objectives.policy_gradient import PER_TOKEN
 from firth.runs import config_io
@@ -429,7 +430,7 @@ def check_available_memory(
     Raises:
         UserError: More than is free.
     """
-    count = config.num_parameters()
+    count = num_parameters(config)
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
     built = 4 if whole or shards == 1 else 0
     for name, free in available_memory(device).items():

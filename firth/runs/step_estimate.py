@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from firth import __version__
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.model import flops
+from firth.model.flops import num_parameters
 from firth.model.model import LM
 from firth.model.transformer import TransformerStack
 from firth.objectives import name_of
@@ -50,7 +50,7 @@ from firth.training.memory import StepMemory, memory_trace, trace_step
 from firth.training.optimizer import Optimizer, param_groups
 from firth.training.step import Prefetcher, to
 from firth.training.step import step as gradients
-from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
+from firth.types import PRECOMPUTED_FIELDS, VERSION, Batch, UserError
 
 MIN_TRACED = 3
 """Fewest steps that are run without data: the first has no optimizer state."""
@@ -216,7 +216,7 @@ def certainly_fits(recipe: ResolvedRecipe, batches: Sequence[Batch], device: tor
     length = max(batch["tokens"].shape[-1] for batch in batches)
     layers = config.num_layers + config.encoder.num_layers
     numbers = layers * (40 * config.hidden_size + 8 * config.intermediate_size + 4 * config.num_heads * length)
-    bound = 32 * config.num_parameters() + 4 * positions * (numbers + 5 * config.vocab_size)
+    bound = 32 * num_parameters(config) + 4 * positions * (numbers + 5 * config.vocab_size)
     return bound < min(available_memory(device).values())
 
 
@@ -285,14 +285,14 @@ def step_seconds(
     per_flop = _fastest(f"{name}: FLOP/s", 1 / times.per_flop)
     per_weight = _fastest(f"{name}: weights/s", num_trainable_parameters(model) / max(times.optimizer, 1e-9))
     how = "the fastest measured speed of a smaller model of the same width"
-    return step_flops / per_flop + recipe.model.num_parameters() / per_weight, how
+    return step_flops / per_flop + num_parameters(recipe.model) / per_weight, how
 
 
 def _timed(build: Build, recipe: ResolvedRecipe, batches: Batches, step_flops: float) -> tuple[StepTimes, str]:
     """Return the times of steps of a recipe's model, recorded or measured now, and when they were recorded."""
     settings = config_io.to_dict(recipe)
     # The counted FLOPs stand for the data: other lengths of its examples give others.
-    key = [__version__, f"{step_flops:.2g}", *(settings[name] for name in STEP_SETTINGS)]
+    key = [VERSION, f"{step_flops:.2g}", *(settings[name] for name in STEP_SETTINGS)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     known = recorded_in(STEPS_FILE, name)
     fields = [field.name for field in dataclasses.fields(StepTimes)]

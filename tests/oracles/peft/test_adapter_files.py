@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model.config import (
+from firth.model.config import ModelConfig
+from firth.model.config_groups import (
     AttentionConfig,
     EmbeddingConfig,
     EncoderConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
 )

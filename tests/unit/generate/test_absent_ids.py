@@ -24,7 +24,8 @@ from firth.generate import embeddings
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
-from firth.model.config import LMHeadConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import LMHeadConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama

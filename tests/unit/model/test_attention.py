@@ -9,14 +9,8 @@ from torch import Tensor
 from firth.model import blocked_attention
 from firth.model.attention import AttentionMask, attend
 from firth.model.block import Attention, initialize
-from firth.model.config import (
-    AttentionConfig,
-    InitConfig,
-    ModelConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import AttentionConfig, InitConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM

@@ -10,14 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
 from firth.model import blocked_attention, flops, transformer
-from firth.model.config import (
-    EmbeddingConfig,
-    ModelConfig,
-    NormConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import EmbeddingConfig, NormConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate
 from firth.data.noise import NOISES
 from firth.data.source import Source
-from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
+from firth.model.config import ModelConfig, encoder_config
+from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective

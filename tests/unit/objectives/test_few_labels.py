@@ -26,7 +26,8 @@ from firth.data.semi_supervised import (
     majority,
 )
 from firth.data.source import MixtureSource, Source, SubsetSource, UnlabeledSource
-from firth.model.config import InitConfig, ModelConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import InitConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective

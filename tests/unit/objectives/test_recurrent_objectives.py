@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
 from firth.data.windows import keep_probabilities, noise_distribution, word_statistics
-from firth.model.config import ModelConfig, NormConfig, PositionConfig, RNNConfig, recurrent_config, word_vector_config
+from firth.model.config import ModelConfig, recurrent_config, word_vector_config
+from firth.model.config_groups import NormConfig, PositionConfig, RNNConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import BiLM
 from firth.objectives.layer_mixture import LayerMixture
