@@ -26,8 +26,7 @@ from firth.model.config_groups import (
     RNNConfig,
 )
 from firth.objectives.causal_lm import BiLM, CausalLM
-from firth.objectives.layer_mixture import LayerMixture
-from firth.objectives.token_tasks import TokenClassification
+from firth.objectives.token_tasks import LayerMixture, TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.common import (
     DATA,

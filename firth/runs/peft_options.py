@@ -39,8 +39,8 @@ from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, check_prefix_supported
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective, components
+from firth.objectives.token_tasks import LayerMixture
 from firth.peft import adapter_files, lora
 from firth.pretrained.load_save import added_heads
 from firth.tokenizer.tokenizer import Tokenizer

@@ -26,6 +26,7 @@ from firth.evaluate.prompting.metrics import (
     Counts,
     FilterChain,
     apply_filters,
+    bleu_counts,
     class_counts,
     value_of,
 )
@@ -49,7 +50,6 @@ from firth.evaluate.prompting.requests import (
     ScoreRequest,
     sample_seed,
 )
-from firth.evaluate.text_overlap import bleu_counts
 from firth.types import UserError
 
 OutputType = Literal["multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from firth.model import blocked_attention, cross_entropy, fused
+from firth.model import attention_kernels, cross_entropy, fused
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.config_groups import (
     EmbeddingConfig,
@@ -103,10 +103,10 @@ def test_project_is_linear(rows: int, biased: bool) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked_attention, "ROWS", 2)
+    monkeypatch.setattr(attention_kernels, "ROWS", 2)
     q, k, v, bias = numbers(2, 2, 5, 3), numbers(2, 2, 5, 3) * 2, numbers(2, 2, 5, 3) + 1, numbers(1, 2, 5, 5)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
-    assert gradcheck(lambda q, k, v, b: blocked_attention.attend(q, k, v, 0.4, causal, False, None, b), leaves)
+    assert gradcheck(lambda q, k, v, b: attention_kernels.attend(q, k, v, 0.4, causal, False, None, b), leaves)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])

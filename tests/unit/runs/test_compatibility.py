@@ -19,12 +19,12 @@ from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.sentence_pairs import NSP
 from firth.objectives.seq2seq import SpanCorruption
+from firth.objectives.token_tasks import LayerMixture
 from firth.runs import compatibility
 from firth.runs.compatibility import check_available_memory, check_pattern
 from firth.runs.recipe import load
