@@ -1,7 +1,7 @@
 """The training and validation examples of a run, and the names of all kinds of examples: the `examples` section of a recipe.
 
 A kind of examples is one frozen dataclass, derived from `firth.data.examples.ExamplesConfig`: `firth.data.windows` divides running text,
-`firth.data.dialogues`, `rankings`, `labeled`, `question_answering` and `annotations` read records, and `firth.align` adds the kinds
+`firth.data.dialogues`, `labeled`, `semi_supervised` and `question_answering` read records, and `firth.align` adds the kinds
 that a model takes part in.
 """
 
