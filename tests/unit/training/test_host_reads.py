@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from firth.data.collate import Batches
-from firth.model.block_mask import packed_texts
+from firth.model.attention_kernels import packed_texts
 from firth.model.config import decoder_config, encoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
