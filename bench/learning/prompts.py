@@ -25,7 +25,7 @@ from firth.evaluate.prompting.requests import ReplyCache
 from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
-from firth.io.atomic import cache, write_text
+from firth.io.atomic import cache_directory, write_text
 from firth.runs.import_export import import_model
 
 OUT = Path("runs/prompts")
@@ -161,7 +161,7 @@ def run() -> None:
             continue
         task = fixed_examples(load_tasks(setting.task, setting.data, setting.examples)[0])
         began = time.monotonic()
-        replies = ReplyCache(cache() / "replies", model.digest)
+        replies = ReplyCache(cache_directory() / "replies", model.digest)
         [result] = run_tasks([task], model, setting.config, replies)
         replies.close()
         chance = [1 / len(task.choices_of(item)) for item in task.selected(setting.config) if task.choices]

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data import attention_fields
 from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Documents, WindowsConfig
-from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time, scoring_mode
+from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.model.attention import mask_from_times
 from firth.model.block import Linear
 from firth.model.config import ModelConfig

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.evaluate.perplexity import scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.model.config import encoder_decoder_config
 from firth.model.flops import num_parameters, stack_flops, work
 from firth.model.forward_context import ForwardContext
