@@ -9,18 +9,14 @@ for bit, the run that trains from step 0 (Haegele et al. 2024, section 4: a deca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded, recorded_hash
 from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
 from firth.training import checkpoint
 from firth.training.distributed import Ranks
 from firth.types import LogLine, UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class RunContext:
             UserError: The directory holds a run with other inputs.
         """
         log = log if ranks.first else _silent
-        inputs = first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
+        inputs = ranks.first_rank_first(lambda: RunInputs.read(recipe, directory, log, ranks.first))
         context = RunContext(directory, ranks, log, inputs, has_begun(directory))
         context.check_inputs()
         return context
@@ -72,10 +68,6 @@ class RunContext:
         if self.resumed:
             self.inputs.check(self.directory)
 
-    def first_rank_first(self, make: Callable[[], T]) -> T:
-        """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
-        return first_rank_first(self.ranks, make)
-
     def identify(self, resolved: ResolvedRecipe) -> RunIdentity:
         """Return the hashes of a run.
 
@@ -84,16 +76,6 @@ class RunContext:
         """
         recipe = recorded_hash(self.directory, resolved) if self.resumed else content_hash(resolved)
         return RunIdentity(recipe, self.inputs.identity(recipe))
-
-
-def first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
-    if not ranks.first:
-        ranks.wait()
-        return make()
-    made = make()
-    ranks.wait()
-    return made
 
 
 def _silent(_: str) -> None:
