@@ -10,6 +10,7 @@ and every run directory keeps it as `recipe.yaml`; training from that file repea
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -295,6 +296,7 @@ config_io.SHORT_FORMS[EvalTask] = "name"
 config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES, ExamplesConfig)
 
 
+@functools.cache
 def published(name: str) -> Recipe:
     """Return the published recipe of a name in `RECIPES`, or NAME:SIZE for a recipe with several sizes.
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from firth.io.integrity import COPY_AGAIN, known_hashes, learn_hashes, verify
 from firth.io.safetensors import read_json
@@ -23,8 +22,6 @@ from firth.runs.start_model import model_directory
 from firth.training import checkpoint
 from firth.training.distributed import Ranks
 from firth.types import LogLine, UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,6 @@ class RunContext:
                 verify(read_json(place / "firth.json"), place, place / "firth.json", COPY_AGAIN)
             learn_hashes(json.loads(self.ranks.from_first(json.dumps(known_hashes(place)))))
 
-    def first_rank_first(self, make: Callable[[], T]) -> T:
-        """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
-        return first_rank_first(self.ranks, make)
-
     def identify(self, resolved: ResolvedRecipe) -> RunIdentity:
         """Return the hashes of a run.
 
@@ -102,16 +95,6 @@ class RunContext:
         """
         recipe = recorded_hash(self.directory, resolved) if self.resumed else content_hash(resolved)
         return RunIdentity(recipe, self.inputs.identity(recipe))
-
-
-def first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
-    if not ranks.first:
-        ranks.wait()
-        return make()
-    made = make()
-    ranks.wait()
-    return made
 
 
 def _silent(_: str) -> None:

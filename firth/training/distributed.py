@@ -151,6 +151,15 @@ class Ranks:
         if self.peers is not None:
             self.peers.wait()
 
+    def first_rank_first(self, make: Callable[[], T]) -> T:
+        """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
+        if not self.first:
+            self.wait()
+            return make()
+        made = make()
+        self.wait()
+        return made
+
     def from_first(self, value: str) -> str:
         """Return rank 0's value on every rank."""
         return value if self.peers is None else self.peers.from_first(value)
