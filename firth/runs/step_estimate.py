@@ -147,16 +147,17 @@ def step_estimate(
     )
 
 
-def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> StepMemory:
+def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int, accumulates: bool = False) -> StepMemory:
     """Return the memory of a step on one of `degree` processes that share a model (`firth.training.sharding`).
 
     Each has its part of weights, gradients and optimizer state. The weights outside the blocks and those of two blocks are
-    gathered at the peak, with a gradient of as many.
+    gathered at the peak, with a gradient of as many. Between micro-batches each process keeps the gradient of the whole model.
 
     Args:
         build: Builds the model.
         memory: That of a process with a whole model.
         degree: The processes that share a copy.
+        accumulates: Whether a step has several micro-batches.
     """
     with memory_trace(default_device()), default_device():
         model = build()
@@ -168,7 +169,7 @@ def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> 
     gathered = 2 * 4 * (rest + 2 * max(blocks, default=0))
     whole = memory.weights + memory.gradients + memory.optimizer
     own = [size // degree for size in (memory.weights, memory.gradients, memory.optimizer)]
-    activations = memory.activations + min(gathered, whole - sum(own))
+    activations = memory.activations + min(gathered, whole - sum(own)) + accumulates * memory.gradients
     free = memory.free * sum(own) // max(1, whole)  # blocks of 1 MB or more are returned when they are freed
     return dataclasses.replace(
         memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations, free=free
