@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from firth import kernel_choice
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory
 from firth.types import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c", "logits.c"))
@@ -189,7 +189,7 @@ def build() -> Path:
             _instructions(),
         )
     )
-    folder, name = cache() / "native", _hash(key.encode())
+    folder, name = cache_directory() / "native", _hash(key.encode())
     for path in folder.glob(f"{name}-*.so"):
         if path.stem == f"{name}-{_hash(path.read_bytes())}":
             return path
