@@ -265,7 +265,7 @@ def is_users(objective: Objective) -> bool:
     return any(":" in objective_name(one) for one in components(objective))
 
 
-def check_built(objective: Objective, examples: Iterable[Example], vocab_size: int) -> None:
+def check_built(objective: Objective, examples: Iterable[Any], vocab_size: int) -> None:
     """Raise a UserError if `build_example` of a user's objective returns what a model cannot be trained on.
 
     Args:
@@ -278,7 +278,7 @@ def check_built(objective: Objective, examples: Iterable[Example], vocab_size: i
             raise UserError(f"build_example of objective {objective_name(objective)}: {fault}")
 
 
-def _fault_of_built(objective: Objective, example: Example, vocab_size: int) -> str:
+def _fault_of_built(objective: Objective, example: Any, vocab_size: int) -> str:
     """Return what is wrong with an example that an objective has built; empty if nothing is."""
     if not isinstance(example, Mapping):  # a user's function may lack its return
         return f"it returned {example!r:.60}: return a dictionary of NumPy arrays"

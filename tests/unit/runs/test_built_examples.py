@@ -100,7 +100,7 @@ def test_a_wrong_example_is_an_error(fields: dict[str, object], fault: str) -> N
 def test_an_example_is_a_dictionary() -> None:
     for example, written in ((None, "None"), ([TOKENS], r"\[array\(\[5, 6, 7\]\)\]")):
         with pytest.raises(UserError, match=rf":Causal: it returned {written}: return a dictionary of NumPy arrays$"):
-            check_built(Causal(), [example], SIZE)  # type: ignore[list-item]
+            check_built(Causal(), [example], SIZE)
 
 
 def test_only_objectives_outside_firth_are_checked() -> None:
