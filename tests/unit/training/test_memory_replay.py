@@ -157,7 +157,7 @@ def test_bytes_that_a_product_of_a_new_shape_keeps() -> None:
 
 @pytest.mark.parametrize("rows", [3, 17])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_the_workspace_of_a_recurrent_layer_is_that_of_the_kernel(rows: int, batch_first: bool) -> None:
+def test_workspace_of_a_recurrent_layer(rows: int, batch_first: bool) -> None:
     """The kernel reads positions, rows, width even where the layer has rows first; another order reads beyond its states."""
     sizes = ((32, 8), (32, 8), (32,), (32,), (rows, 8), (rows, 8))
     rest = (*(torch.zeros(s) for s in sizes), False, [], 2, 8, 1, True, False, batch_first, True)
