@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from firth.io.atomic import write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, write_text
 from firth.io.json_files import read_json
 from firth.types import UserError
 
@@ -179,7 +178,7 @@ def cpu() -> str:
 
 
 def _file() -> Path:
-    return cache() / "kernels.json"
+    return cache_directory() / "kernels.json"
 
 
 def _read() -> dict[str, Any]:

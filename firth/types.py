@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+VERSION = "0.1.0"
+"""Version of firth."""
+
 Example = dict[str, Any]
 """One training example: NumPy arrays by field name; the last axis is tokens."""
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from firth import kernel_choice
-from firth.generate.native_linear import DTYPE_CODES, FEW_ROWS, INT8, LONG, POINTER, LinearMap
+from firth.generate.native_kernels import DTYPE_CODES, FEW_ROWS, INT8, LONG, POINTER, LinearMap
 from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
 from firth.model.block import Attention, Block, LayerNorm, Linear, RMSNorm

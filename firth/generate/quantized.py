@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firth import kernel_choice
-from firth.generate.native_linear import few_rows
+from firth.generate.native_kernels import few_rows
 from firth.model.block import Block, Linear
 from firth.model.cross_entropy import ABSENT
 from firth.model.heads import LMHead

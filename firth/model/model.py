@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from firth.model.attention import prefixed_fields
 from firth.model.block import Block, initialize
 from firth.model.config import ModelConfig
+from firth.model.config_groups import LEARNED_POSITIONS, SINUSOIDAL_POSITIONS
 from firth.model.forward_context import NO_CONTEXT, EncoderOutput, ForwardContext, RowMemory
 from firth.model.kv_cache import DecodingCache, KVCache, RecurrentCache
-from firth.model.parameter_count import LEARNED_POSITIONS, SINUSOIDAL_POSITIONS
 from firth.model.positions import sinusoidal
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
 from firth.model.recurrent import RecurrentStack

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from firth import kernel_choice
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory
 from firth.types import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "decode.c", "logits.c"))
@@ -184,7 +184,7 @@ def build() -> Path:
             _instructions(),
         )
     )
-    path = cache() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = cache_directory() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

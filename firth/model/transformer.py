@@ -31,10 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from firth.model.attention import AttentionMask, with_memory
 from firth.model.block import AttentionContext, Block, Linear, PositionSubset, make_norm
 from firth.model.config import ModelConfig
+from firth.model.config_groups import BIAS_POSITIONS
 from firth.model.forward_context import NO_CONTEXT, ForwardContext, RowMemory
 from firth.model.fused import Dropout
 from firth.model.kv_cache import DecodingCache
-from firth.model.parameter_count import BIAS_POSITIONS
 from firth.model.positions import DistanceIndex, RelativeBias, distance_index, rope_angles, rotation
 from firth.model.variants import Linformer
 from firth.types import NEVER, Batch, host_copy, with_host_copy

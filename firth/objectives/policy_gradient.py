@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from firth.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from firth.model import flops
 from firth.model.config import ModelConfig
-from firth.model.deferred_init import fork_rng
 from firth.model.heads import LMHead
+from firth.model.init import fork_rng
 from firth.model.model import LM, Critic
 from firth.model.shard_tensors import assign
 from firth.objectives.causal_lm import CausalLM

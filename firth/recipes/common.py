@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from firth.data.config import DataConfig
-from firth.data.examples import ExamplesConfig
+from firth.data.examples import DataConfig, ExamplesConfig
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective
 from firth.runs.recipe import BatchConfig, CheckpointConfig, EvalConfig, Recipe, TokenizerConfig

@@ -19,8 +19,8 @@ from firth import kernel_choice
 from firth.corpora import readers
 from firth.corpora.input_files import GROWTH
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
 from firth.data.corpus import is_corpus
+from firth.data.examples import DataConfig
 from firth.io.gguf import find
 from firth.io.json_files import row_line
 from firth.model.model import LM
@@ -34,13 +34,11 @@ from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
 from firth.runs.start_model import model_directory
-from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate
-from firth.runs.timing import step_seconds
-from firth.training.device import default_device
+from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate, step_seconds
+from firth.training.device import default_device, utilization
 from firth.training.distributed import Ranks, join
 from firth.training.logging import clock, short
 from firth.training.memory import MAX_READ_STEPS, variety
-from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
 
 SAMPLED_STEPS = 12

@@ -15,10 +15,10 @@ from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
 from firth.runs.build_model import builds_in_shards
-from firth.runs.compatibility import check_pattern, check_recipe, limit_lengths
+from firth.runs.compatibility import check_pattern, limit_lengths
 from firth.runs.peft_options import add_layer_mixture
 from firth.runs.prepare import RunData
-from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, check_recipe, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run_context import RunContext
 from firth.runs.tokenizer import resolve_segmentation, resolved_size

@@ -1,16 +1,24 @@
-"""What the phases of a run share: its directory, its ranks, its log and the hashes of its inputs."""
+"""What the phases of a run share: its directory, its ranks, its log and the hashes of its inputs.
+
+A run may start from a checkpoint of another run whose steps up to there are the same (`start_from_checkpoint`). A run with
+warmup-stable-decay has a constant learning rate for most of its length. Two such runs of different length, with a warmup in steps,
+take the same steps until the shorter one decays. So the longer one may begin with a checkpoint of the shorter one, and equals, bit
+for bit, the run that trains from step 0 (Haegele et al. 2024, section 4: a decay per budget).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded_hash
-from firth.runs.recipe import Recipe, ResolvedRecipe
+from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded, recorded_hash
+from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
+from firth.training import checkpoint
 from firth.training.distributed import Ranks
-from firth.types import LogLine
+from firth.types import LogLine, UserError
 
 T = TypeVar("T")
 
@@ -90,3 +98,42 @@ def first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _silent(_: str) -> None:
     """Ignore a message: only the first rank prints."""
+
+
+FREE = ("name", "budget", "schedule", "evaluation", "checkpoint", "loggers", "sample_prompts")
+"""Fields that the two recipes may differ in."""
+
+
+def start_from_checkpoint(path: Path, resolved: ResolvedRecipe, context: RunContext, identity: RunIdentity) -> None:
+    """Copy a checkpoint of another run into a run directory that has none.
+
+    Args:
+        path: The checkpoint, RUN/checkpoints/step-N.
+        resolved: The recipe of the new run.
+        context: The new run.
+        identity: Its hashes.
+
+    Raises:
+        UserError: The other run differs in its model, data, batches or optimizer, or its learning rate was another in a step.
+    """
+    other, saved = load_resolved(path.parents[1]), checkpoint.load(path)
+    same = dataclasses.replace(other, **{name: getattr(resolved, name) for name in FREE})
+    changed = [f.name for f in dataclasses.fields(same) if getattr(same, f.name) != getattr(resolved, f.name)]
+    if recorded(path.parents[1]).get("inputs") != context.inputs.digests | context.inputs.functions:
+        changed.append("content of its inputs")
+    if changed:
+        raise UserError(
+            f"{path} cannot be the beginning of this run, which has another {' and '.join(changed)}: start from step 0"
+        )
+    for step in range(int(saved.state["step"])):
+        if _factor(other, step) != _factor(resolved, step):
+            raise UserError(
+                f"{path} cannot be the beginning of this run, whose learning rate is another in step {step + 1}: give both runs "
+                "schedule.kind=wsd and the same schedule.warmup_steps, and branch before the decay"
+            )
+    checkpoint.copy_to(saved, context.directory, identity.run)
+
+
+def _factor(recipe: ResolvedRecipe, step: int) -> float:
+    """Return the factor on the learning rates in a step, as the trainer computes it for a budget in steps."""
+    return recipe.schedule.factor(recipe.budget.passed(step + 0.5, 0.0), step)

@@ -35,9 +35,8 @@ from firth.scaling.fitted import FAR, FittedLaw, LawPoint
 from firth.scaling.sizes import count_parameters, planned_recipe, scaled, scaled_config
 from firth.scaling.sweep import MIN_STEPS
 from firth.scaling.text import calibrate, compressed_bits, largest_of_model, prepared_with_vocabulary
-from firth.training.device import default_device
+from firth.training.device import default_device, machine_peak
 from firth.training.distributed import Ranks
-from firth.training.speed import machine_peak
 from firth.types import LOGGER, LogLine, UserError
 
 FILES = Path(__file__).parent / "files"

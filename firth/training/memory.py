@@ -29,8 +29,8 @@ from firth import kernel_choice
 from firth.data.collate import counted_fields
 from firth.model import attention, native
 from firth.model.recurrent import lstm_runs_in_bf16
-from firth.training.data_parallel import Parallel
 from firth.training.device import KEPT_MEMORY, casts
+from firth.training.distributed import Parallel
 from firth.training.heap import COMPILED_BYTES, IS_COMPILED, IS_NODE, IS_PRODUCT, IS_TENSOR, heap_bytes
 from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
 from firth.training.step import step, to

@@ -28,12 +28,11 @@ from torch.distributed.tensor import DTensor
 
 from firth.model.shard_tensors import assign, gathered
 from firth.model.transformer import TransformerStack
-from firth.training.data_parallel import Parallel
 from firth.training.device import return_freed_memory
-from firth.training.distributed import Ranks
+from firth.training.distributed import Parallel, Ranks
 
 if TYPE_CHECKING:
-    from firth.model.deferred_init import Recorded
+    from firth.model.init import Recorded
     from firth.model.model import LM
 
 T = TypeVar("T")

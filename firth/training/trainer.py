@@ -33,16 +33,13 @@ from firth import kernel_choice
 from firth.model import flops
 from firth.training import checkpoint
 from firth.training.checkpoint import TrainingState
-from firth.training.data_parallel import Parallel, Replicas
-from firth.training.device import Precision, casts, choose_precision, flush_denormals, keep_freed_memory
-from firth.training.distributed import Ranks
+from firth.training.device import Precision, casts, choose_precision, flush_denormals, keep_freed_memory, machine_peak
+from firth.training.distributed import Parallel, Ranks, Replicas
 from firth.training.logging import MetricsLog, NullReporter, OnMetrics, ProgressReporter, clock, make_reporter, short
 from firth.training.optimizer import Optimizer, OptimizerConfig
-from firth.training.prefetch import Prefetcher
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
-from firth.training.speed import machine_peak
-from firth.training.step import count_targets, named_metrics, pinned, to
+from firth.training.step import Prefetcher, count_targets, named_metrics, pinned, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
@@ -119,7 +116,7 @@ class TrainingResult:
         flops: Counted work.
         skipped: Steps without a finite gradient.
         metrics: The last metrics at `exported_step`; those of validation are named `valid/NAME`.
-        mfu: Model FLOPs utilization: `flops` per second over the machine's peak (`firth.training.speed`); 0 on ranks above 0.
+        mfu: Model FLOPs utilization: `flops` per second over the machine's peak (`firth.training.device`); 0 on ranks above 0.
     """
 
     step: int

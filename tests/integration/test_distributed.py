@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from firth.training.checkpoint import load
-from firth.training.data_parallel import BUCKET_BYTES, buckets
-from firth.training.distributed import Ranks
+from firth.training.distributed import BUCKET_BYTES, Ranks, buckets
 from tests.support import train_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -24,8 +24,7 @@ from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import GRPO, PPO, RLOO
 from firth.training import muon
-from firth.training.data_parallel import Parallel, Replicas
-from firth.training.distributed import Ranks, join
+from firth.training.distributed import Parallel, Ranks, Replicas, join
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from firth.generate.native_linear import few_rows
+from firth.generate.native_kernels import few_rows
 from firth.generate.quantized import (
     GROUP,
     MAX_ACTIVATION,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from firth.model import deferred_init
-from firth.model.deferred_init import fork_rng, record_init
+from firth.model import init
+from firth.model.init import fork_rng, record_init
 from firth.model.model import LM
 from firth.objectives.policy_gradient import PPO
 from firth.runs.recipe import published
@@ -75,13 +75,13 @@ def test_few_weights_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return layers
 
     alive: list[int] = []
-    run = deferred_init._run
+    run = init._run
 
     def counted(operation: Any, real: dict[int, torch.Tensor]) -> None:
         run(operation, real)
         alive.append(len(real))
 
-    monkeypatch.setattr(deferred_init, "_run", counted)
+    monkeypatch.setattr(init, "_run", counted)
     with record_init() as record:
         model = build()
     record.bind(model)

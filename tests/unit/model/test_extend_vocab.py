@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from firth.model.config import decoder_config, encoder_config
-from firth.model.extend_vocab import extend_vocab
+from firth.model.flops import num_parameters
 from firth.model.heads import LMHead
+from firth.model.init import extend_vocab
 from firth.model.model import LM
 
 PARTS = [[3, 4], [5], []]
@@ -31,8 +32,8 @@ def test_new_rows_are_means_of_old_ones(tied: bool, first: int) -> None:
         assert torch.allclose(rows[first], old[[3, 4]].mean(0)) and torch.equal(rows[first + 1], old[5])
         assert (rows[first + 2] - old.mean(0)).abs().max() < 5 * old.std(0).max()
     assert (one.heads["lm"].weight is one.tokens.weight) == tied
-    assert sum(p.numel() for p in one.parameters()) == one.config.num_parameters() + (
-        sum(p.numel() for p in before.parameters()) - before.config.num_parameters()
+    assert sum(p.numel() for p in one.parameters()) == num_parameters(one.config) + (
+        sum(p.numel() for p in before.parameters()) - num_parameters(before.config)
     )
 
 

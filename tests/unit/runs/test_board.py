@@ -9,7 +9,7 @@ from firth.evaluate.prompting.contamination import Contamination
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.results import read_results, write_results
 from firth.evaluate.prompting.runner import TaskResult, task_result, with_contamination
-from firth.runs.board import board, read_entries
+from firth.runs.evaluate_prompts import board, read_entries
 from firth.types import UserError
 
 

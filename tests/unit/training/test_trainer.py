@@ -351,7 +351,7 @@ def test_measured_speed_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     first = measured_speed(size=64, seconds=0.001)
     assert min(first.values()) > 0
     measured_speed.cache_clear()  # another process
-    monkeypatch.setattr("firth.training.device.record", None)  # not measured again
+    monkeypatch.setattr("firth.training.device.record_speed", None)  # not measured again
     assert measured_speed(size=64, seconds=0.001) == first
     measured_speed.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Read the text of documentation: HTML pages and manual pages, without markup, code listings and navigation.
+"""Read the text of reference works: HTML pages and manual pages without markup, code listings and navigation, and a dictionary.
 
 >>> html_text("<body><nav>Menu</nav><h1>Général</h1><p>Un <b>mot</b>.<pre>ls</pre></body>")
 ['Général', 'Un mot.']
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
@@ -167,3 +167,34 @@ def manual_text(source: str) -> list[str]:
 def _plain(text: str) -> str:
     """Return a line of roff without escape sequences."""
     return ESCAPE.sub(lambda found: ESCAPES.get(found[1], ""), text)
+
+
+def write_dictionary(members: Members, out: Path) -> str:
+    """Write a dictionary of dictd: gcide.jsonl with one {"text"} for each entry, the word and its definitions."""
+    count = 0
+    with (out / "gcide.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for _, member in members:
+            for word, text in entries(gzip.decompress(member.read()).decode("utf-8", "replace")):
+                file.write(line({"text": f"{word}: {text}"}))
+                count += 1
+    return f"{count} entries in gcide.jsonl"
+
+
+def entries(text: str) -> Iterator[tuple[str, str]]:
+    r"""Yield the words of a dictionary with their definitions and quotations.
+
+    An entry begins with an unindented line, which has the word twice, the second time between backslashes; text about the
+    dictionary itself has not. Everything in brackets (sources, pronunciation, etymology) is left out, and so are entries
+    without a definition.
+
+    >>> list(entries("Bath \\Bath\\, n. [Heb.]\n   A measure,\n   in gallons.\n   [1913 Webster]\n\n   {Bath metal}, an alloy.\n"))
+    [('Bath', 'A measure, in gallons. Bath metal, an alloy.')]
+    """
+    for entry in re.split(r"\n(?=\S)", text):
+        plain = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\[[a-z=.'^\"|/-]{1,6}\]", "", entry))  # accents, then the rest
+        head, _, body = plain.partition("\n   ")
+        word = re.split(r"\s*\\|\s\(|,", head, maxsplit=1)[0].strip()
+        definition = re.sub(r"[{}]|^\s*(?:\d+\.|\([a-z]\))(?=\s)", "", body, flags=re.M)
+        definition = re.sub(r"\s+([,.;])", r"\1", " ".join(definition.split()))
+        if "\\" in head and word and len(definition.split()) > 2:
+            yield word, definition

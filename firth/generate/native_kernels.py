@@ -1,4 +1,8 @@
-"""Linear layers of a few rows in one compiled call (`firth/model/decode.c`), for CPUs."""
+"""Compiled kernels of a decoding step (`firth/model/decode.c`), for CPUs: linear layers of a few rows, and the summary of logits.
+
+>>> summarize(torch.tensor([[0.0, 2.0, 1.0]]), "torch")
+(tensor([1]), tensor([2.4076]))
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def few_rows(
     return y
 
 
-def _workload(way: str) -> kernel_choice.Workload:
+def _linear_workload(way: str) -> kernel_choice.Workload:
     """Sixteen rows times 8 matrices of 512 x 2048 in bf16."""
     x, weights = torch.ones(16, 512), torch.ones(8, 2048, 512, dtype=torch.bfloat16).unbind()
 
@@ -78,5 +82,37 @@ def _workload(way: str) -> kernel_choice.Workload:
     return work
 
 
-FEW_ROWS = kernel_choice.Kernel("few-rows", {way: partial(_workload, way) for way in ("vectors", "tiles")})
+FEW_ROWS = kernel_choice.Kernel("few-rows", {way: partial(_linear_workload, way) for way in ("vectors", "tiles")})
 """How the compiled step multiplies five or more rows by bf16 weights."""
+
+
+def summarize(logits: Tensor, way: str = "") -> tuple[Tensor, Tensor]:
+    """Return the index of the largest logit and the log-sum-exp of each row.
+
+    The sums of the compiled kernel do not depend on the number of rows.
+
+    Args:
+        logits: (rows, vocab) float32.
+        way: "torch" or "native"; "" for the faster one on this machine.
+
+    Returns:
+        (rows,) int64 and (rows,) float32.
+    """
+    if logits.device.type != "cpu" or (way or LOGIT_SUMMARY.choice()) == "torch":
+        return logits.max(-1).indices, logits.logsumexp(-1)  # argmax takes half as long again
+    logits = logits.contiguous()
+    best, normalizer = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    native.library().summarize(
+        logits.data_ptr(), *logits.shape, best.data_ptr(), normalizer.data_ptr(), native.threads()
+    )
+    return best, normalizer
+
+
+def _summary_workload(way: str) -> kernel_choice.Workload:
+    """Four rows of 32,768 logits."""
+    logits = torch.arange(4.0 * 32768).remainder(31).view(4, -1)
+    return lambda: summarize(logits, way)
+
+
+LOGIT_SUMMARY = kernel_choice.Kernel("logits", {way: partial(_summary_workload, way) for way in ("torch", "native")})
+"""How the most likely token and the log-sum-exp of logits are computed."""
