@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from firth.model.flops import num_parameters
 from firth.report.charts import number
 from firth.runs import config_io
 from firth.runs.estimate import PreparedRun, RunEstimate, estimate_prepared
@@ -243,7 +244,7 @@ def _vocabulary(base: Recipe, law: FittedLaw, seconds: float) -> int:
     for width in WIDTHS:
         config = scaled_config(base.model, width)
         table = 0 if config.tie_embeddings else config.vocab_size * config.embedding_dim
-        counted = config.num_parameters() - table
+        counted = num_parameters(config) - table
         others[width] = (abs(np.log(counted / best)), counted - config.vocab_size * width)
     width = min(others, key=lambda w: others[w][0])
     return largest_of_model(max(1.0, others[width][1]), width)
