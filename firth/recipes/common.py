@@ -60,7 +60,8 @@ def tiny_recipe(
 ) -> Recipe:
     """Return a recipe of the tiny size: a corpus of the catalog, byte-level subwords, a warmup-stable-decay schedule."""
     return Recipe(
-        name=name, objective=objective, examples=examples, data=DataConfig(corpus=corpus), tokenizer=TokenizerConfig(vocab_size=config.vocab_size), model=config,
-        batch=batch, optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), budget=Budget(max_steps=steps),
+        name=name, objective=objective, examples=examples, data=DataConfig(corpus=corpus),
+        tokenizer=TokenizerConfig(vocab_size=config.vocab_size), model=config, batch=batch,
+        optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), budget=Budget(max_steps=steps),
         evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), sample_prompts=samples,
     )  # fmt: skip
