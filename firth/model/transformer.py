@@ -69,9 +69,11 @@ def subset_positions(needed: Tensor) -> Tensor | None:
 def _zero_times(fields: Batch) -> Tensor:
     """Return the times of tokens that see each other: (B, T) int32."""
     tokens = fields["tokens"]
-    here = host_copy(tokens)
     zeros = torch.zeros_like(tokens, dtype=torch.int32)
-    return zeros if here is tokens else with_host_copy(zeros, torch.zeros_like(here, dtype=torch.int32))
+    copies = [copy for x in fields.values() if (copy := host_copy(x)) is not x]
+    if copies:
+        return with_host_copy(zeros, copies[0].new_zeros(tokens.shape, dtype=torch.int32))
+    return zeros if zeros.device.type == "cpu" else with_host_copy(zeros, torch.zeros(tokens.shape, dtype=torch.int32))
 
 
 def _gathered(values: Tensor, index: Tensor) -> Tensor:

@@ -9,18 +9,19 @@ for bit, the run that trains from step 0 (Haegele et al. 2024, section 4: a deca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
+from firth.io.integrity import COPY_AGAIN, known_hashes, learn_hashes, verify
+from firth.io.safetensors import read_json
 from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded, recorded_hash
 from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
+from firth.runs.start_model import model_directory
 from firth.training import checkpoint
 from firth.training.distributed import Ranks
 from firth.types import LogLine, UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class RunContext:
             UserError: The directory holds a run with other inputs.
         """
         log = log if ranks.first else _silent
-        inputs = first_rank_first(ranks, lambda: RunInputs.read(recipe, directory, log, ranks.first))
+        inputs = RunInputs.read(recipe, directory, log) if ranks.first else RunInputs()
+        found = json.loads(ranks.from_first(json.dumps(inputs.files)))
+        if not ranks.first:
+            inputs = RunInputs.read(recipe, directory, log, found)
         context = RunContext(directory, ranks, log, inputs, has_begun(directory))
         context.check_inputs()
         return context
@@ -72,9 +76,16 @@ class RunContext:
         if self.resumed:
             self.inputs.check(self.directory)
 
-    def first_rank_first(self, make: Callable[[], T]) -> T:
-        """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
-        return first_rank_first(self.ranks, make)
+    def verify_models(self, paths: Iterable[str]) -> None:
+        """Let the first rank verify the models in these run and model directories, whose files the others then need not read.
+
+        Raises:
+            UserError: A file is damaged.
+        """
+        for place in map(model_directory, filter(None, paths)):
+            if self.ranks.first:
+                verify(read_json(place / "firth.json"), place, place / "firth.json", COPY_AGAIN)
+            learn_hashes(json.loads(self.ranks.from_first(json.dumps(known_hashes(place)))))
 
     def identify(self, resolved: ResolvedRecipe) -> RunIdentity:
         """Return the hashes of a run.
@@ -84,16 +95,6 @@ class RunContext:
         """
         recipe = recorded_hash(self.directory, resolved) if self.resumed else content_hash(resolved)
         return RunIdentity(recipe, self.inputs.identity(recipe))
-
-
-def first_rank_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
-    if not ranks.first:
-        ranks.wait()
-        return make()
-    made = make()
-    ranks.wait()
-    return made
 
 
 def _silent(_: str) -> None:

@@ -188,11 +188,6 @@ def checkpoint_bytes(model: LM, recipe: ResolvedRecipe) -> int:
     return state + sum(x.numel() * x.element_size() for x in weights(model).values())
 
 
-def _positions(batch: Batch) -> int:
-    """Return the positions of a batch, with padding, in all its rows."""
-    return sum(batch[name].numel() for name in ("tokens", "source_tokens", "memory_tokens") if name in batch)
-
-
 def check_fits(estimate: StepEstimate, device: torch.device, steps: int = 1) -> None:
     """Raise a UserError if a step needs more memory than is free."""
     needed = estimate.peak_of_run(steps)
@@ -214,7 +209,8 @@ def certainly_fits(recipe: ResolvedRecipe, batches: Sequence[Batch], device: tor
     attention weights, and of five rows of logits.
     """
     config = recipe.model
-    positions = max(_positions(batch) for batch in batches)
+    names = ("tokens", "source_tokens", "memory_tokens")  # with padding, in all rows
+    positions = max(sum(batch[name].numel() for name in names if name in batch) for batch in batches)
     length = max(batch["tokens"].shape[-1] for batch in batches)
     layers = config.num_layers + config.encoder.num_layers
     numbers = layers * (40 * config.hidden_size + 8 * config.intermediate_size + 4 * config.num_heads * length)

@@ -1,4 +1,4 @@
-"""A board over evaluations that were made at different times."""
+"""The page of an evaluation in prompts, and the board of several."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 from firth.evaluate.prompting.contamination import Contamination
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
 from firth.evaluate.prompting.results import read_results, write_results
-from firth.evaluate.prompting.runner import TaskResult, task_result, with_contamination
-from firth.runs.evaluate_prompts import board, read_entries
+from firth.evaluate.prompting.runner import TaskResult, metric_value, task_result, with_contamination
+from firth.report.page import render
+from firth.runs.evaluate_prompts import board, prompt_report, read_entries
 from firth.types import UserError
 
 
@@ -72,3 +73,25 @@ def test_the_board_orders_models_and_says_better_where_it_may(tmp_path: Path) ->
         ("near", 0.725),
         ("low", 0.25),
     ]
+
+
+def page_result(model: str, values: list[float]) -> TaskResult:
+    items = [
+        ItemResult(
+            f"q.jsonl:{i}", "ab"[i % 2], f"Question {i}?", 0, "yes", {"none": "<no>"}, {"acc": value}, [-1.25, "text"]
+        )
+        for i, value in enumerate(values)
+    ]
+    groups = {name: {"acc": metric_value("acc", [item for item in items if item.group == name])} for name in "ab"}
+    return TaskResult("task", model, 0, 1, {"acc": metric_value("acc", items)}, groups, items)
+
+
+def test_the_page_shows_wrong_answers_only() -> None:
+    """With the location, what the model replied, and the groups."""
+    found = [[page_result("one", [0.0, 1.0, 1.0, 1.0])], [page_result("two", [1.0] * 4)]]
+    page = render(prompt_report(found, PromptConfig()))
+    assert "Question 0?" in page and "Question 1?" not in page
+    assert "&lt;no&gt;" in page and "-1.250 | text" in page and "q.jsonl:0" in page
+    titles = [section.title for section in prompt_report(found, PromptConfig()).sections]
+    assert titles == ["Results", "Comparison", "Groups", "Wrong answers: task, one"]
+    assert "1 of 4 items" in page and "2 prompts had fewer examples" in page
