@@ -159,8 +159,8 @@ def test_bytes_that_a_product_of_a_new_shape_keeps() -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_workspace_of_a_recurrent_layer(rows: int, batch_first: bool) -> None:
     """The kernel reads positions, rows, width even where the layer has rows first; another order reads beyond its states."""
-    sizes = ((32, 8), (32, 8), (32,), (32,), (rows, 8), (rows, 8))
-    rest = (*(torch.zeros(s) for s in sizes), False, [], 2, 8, 1, True, False, batch_first, True)
-    text = torch.zeros(100, rows, 8)
+    sizes = ((256, 64), (256, 64), (256,), (256,), (rows, 64), (rows, 64))
+    rest = (*(torch.zeros(s) for s in sizes), False, [], 2, 64, 1, True, False, batch_first, True)
+    text = torch.zeros(100, rows, 64)
     kept = torch.ops.aten.mkldnn_rnn_layer(text, *rest)[3]
     assert rnn_workspace(text, *rest) == pytest.approx(kept.untyped_storage().nbytes(), rel=0.05)  # of blocks
