@@ -46,14 +46,14 @@ from firth.training.device import (
     recorded_in,
     recorded_speed,
 )
-from firth.training.memory import StepMemory, memory_trace, trace_step
+from firth.training.memory import StepMemory, memory_trace, trace_step, variety
 from firth.training.optimizer import Optimizer, param_groups
 from firth.training.step import Prefetcher, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, VERSION, Batch, UserError
 
-MIN_TRACED = 3
-"""Fewest steps that are run without data: the first has no optimizer state."""
+MIN_TRACED = 6
+"""Fewest steps that are run without data: the first has no optimizer state, and the heap grows over several."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,16 @@ def step_estimate(
     Args:
         build: Builds the model.
         recipe: The recipe.
-        steps: The micro-batches of some steps: tokens and FLOPs are means over them. The memory is that of all in
-            this order: blocks of varied sizes leave holes.
+        steps: The micro-batches of some steps: tokens and FLOPs are means over them. The memory is that of those with different
+            shapes in this order: blocks of varied sizes leave holes.
         frozen_bytes: Bytes of further models that the run keeps.
         source: The source of the batches; an on-policy one runs its rollouts without data too.
         run: The `variety` of the first steps of a run.
     """
     objective = recipe.objective
-    device, traced = default_device(), [*steps] * -(-MIN_TRACED // len(steps))
+    device = default_device()
+    different = list({variety(objective, batches): batches for batches in steps}.values())
+    traced = different * -(-MIN_TRACED // len(different))
     with memory_trace(device) as trace:
         with device:
             model = build()
