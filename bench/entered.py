@@ -34,7 +34,7 @@ PHASES = {
     "runs.run.train": "training loop",
     "training.step.step": "forward, backward",
     "training.optimizer.Optimizer.step": "optimizer",
-    "runs.validation.Validator.measure": "validation",
+    "runs.evaluation.Validator.measure": "validation",
     "training.checkpoint.save_state": "checkpoint",
     "runs.run.export": "export",
     "pretrained.load_save.save_model": "model files",

@@ -23,8 +23,7 @@ import firth
 from firth import objectives
 from firth.cli import app
 from firth.model.config import ModelConfig
-from firth.pipelines.pipeline import KINDS
-from firth.pipelines.tuning import TrainRecipe
+from firth.pipelines.pipeline import KINDS, TrainRecipe
 from firth.runs import recipe_names
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from firth import openmp as openmp  # first import: sets the variables that OpenMP reads when torch is loaded
+from firth.types import VERSION
 
 if TYPE_CHECKING:
     from firth.api import load_model, load_recipe, train
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from firth.tokenizer.tokenizer import Tokenizer
     from firth.types import UserError
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "ExamplesConfig",

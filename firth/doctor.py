@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from firth import kernel_choice, openmp
-from firth.generate import logit_summary, native_decoder, native_linear, quantized
+from firth.generate import native_decoder, native_kernels, quantized
 from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
 from firth.training import device, muon
+from firth.training.device import BUSY_SHARE, PRECISIONS, LoadMeter, measure_peak, usable_cores
 from firth.training.logging import short
 from firth.training.optimizer import KERNEL as TABLE_ROWS
-from firth.training.speed import BUSY_SHARE, PRECISIONS, LoadMeter, measure_peak, usable_cores
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ def _kernels() -> list[DoctorRow]:
         muon.MOMENTUM,
         quantized.KERNEL,
         native_decoder.DECODE,
-        native_linear.FEW_ROWS,
-        logit_summary.KERNEL,
+        native_kernels.FEW_ROWS,
+        native_kernels.LOGIT_SUMMARY,
         TABLE_ROWS,
         NEIGHBORS,
     ]

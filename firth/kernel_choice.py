@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from firth.io.atomic import write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, write_text
 from firth.io.json_files import read_json
 from firth.types import UserError
 
@@ -106,28 +105,25 @@ class Kernel:
 
 def _choose(kernel: Kernel) -> str:
     forced = _forced()
-    _chosen[kernel.name] = forced[kernel.name] if kernel.name in forced else _best(seconds(kernel))
-    return _chosen[kernel.name]
+    if kernel.name in forced:
+        chosen = forced[kernel.name]
+    else:
+        times = seconds(kernel)
+        plain, quickest = next(iter(times)), min(times, key=lambda name: times[name])
+        chosen = quickest if times[quickest] * MARGIN < times[plain] else plain
+    _chosen[kernel.name] = chosen
+    return chosen
 
 
 def seconds(kernel: Kernel) -> dict[str, float]:
     """Return the seconds of each implementation on this machine, from the file or measured now and stored."""
     stored = _read().get(kernel.name)
     found: dict[str, float] = stored if isinstance(stored, dict) else {}
-    if not found or not found.keys() <= kernel.choices.keys() or not all(map(_positive, found.values())):
+    valid = all(isinstance(x, float) and 0 < x < float("inf") for x in found.values())
+    if not found or not valid or not found.keys() <= kernel.choices.keys():
         found = kernel.measure()
         _write(kernel.name, found)
     return found
-
-
-def _positive(x: object) -> bool:
-    return isinstance(x, float) and 0 < x < float("inf")
-
-
-def _best(seconds: Mapping[str, float]) -> str:
-    plain = next(iter(seconds))
-    quickest = min(seconds, key=lambda name: seconds[name])
-    return quickest if seconds[quickest] * MARGIN < seconds[plain] else plain
 
 
 def _forced() -> dict[str, str]:
@@ -179,7 +175,7 @@ def cpu() -> str:
 
 
 def _file() -> Path:
-    return cache() / "kernels.json"
+    return cache_directory() / "kernels.json"
 
 
 def _read() -> dict[str, Any]:

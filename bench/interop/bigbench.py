@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from firth.evaluate.prompting.bigbench import read_bigbench
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.prompts import without_lone_surrogates
 from firth.evaluate.prompting.requests import GenerateReply, Reply, Request, ScoreReply, ScoreRequest
 from firth.evaluate.prompting.runner import run_tasks
+from firth.evaluate.prompting.task_formats import read_bigbench
 from firth.types import LOGGER, UserError
 
 MAX_COMPARED_BYTES = 200_000

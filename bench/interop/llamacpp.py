@@ -257,7 +257,7 @@ def small_tokenizer() -> Tokenizer:
 
 def reference_vocabularies(directory: Path) -> Iterator[tuple[str, Tokenizer]]:
     """Yield llama.cpp's own vocabularies if their package is in the cache."""
-    archives = catalog.cache() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
+    archives = catalog.cache_directory() / "archives" / "pypi-sdist-llama-cpp-python-0.3.36"
     for archive in sorted(archives.glob("*.tar.gz")):
         patterns = [f"*/llama.cpp/models/ggml-vocab-{name}.gguf" for name in VOCABULARIES]
         for path, file in download.members(archive, patterns):
@@ -304,7 +304,7 @@ def checks(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield texts(f"{name}, random, F32", file, arguments.new)
     gguf.write(random_model(replace(gpt2(size, 128, 3, 4), max_positions=512)), tokenizer, file, "F32")
     yield texts("gpt2, random, F32", file, arguments.new)
-    words = catalog.cache() / "minilm" / "vocab.txt"
+    words = catalog.cache_directory() / "minilm" / "vocab.txt"
     if words.is_file():
         uncased = Tokenizer.load(words)
         model = random_model(bert(uncased.vocab.size, 64, 2, 4))

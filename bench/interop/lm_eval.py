@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig
+from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import TaskResult, run_tasks
 from firth.evaluate.prompting.task_files import BUILTIN, load_tasks
 from firth.io.yaml_files import read_yaml

@@ -47,16 +47,8 @@ def random_models(folder: Path) -> list[Path]:
     """Write random models, one of each architecture; return their directories."""
     import torch
 
-    from firth.model.config import (
-        EmbeddingConfig,
-        LMHeadConfig,
-        ModelConfig,
-        NormConfig,
-        PositionConfig,
-        decoder_config,
-        encoder_config,
-        encoder_decoder_config,
-    )
+    from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+    from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig, PositionConfig
     from firth.model.heads import LMHead
     from firth.model.model import LM
     from firth.pretrained.load_save import save_model

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from firth.corpora import catalog, readers
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import LabeledConfig
 from firth.model.variants import ScalarMix
 from firth.objectives.classification import Classification

@@ -35,10 +35,9 @@ from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_pre
 from firth.align.rollouts import RolloutsConfig, RolloutSource, explained_variance
 from firth.corpora import catalog
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.demo import data
-from firth.demo.data import read_rows
-from firth.demo.scorers import SCORERS
+from firth.demo.data import SCORERS, read_rows
 from firth.demo.sizes import SIZES
 from firth.generate.decoding_batch import rectangle
 from firth.generate.engine import Engine

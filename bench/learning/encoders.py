@@ -39,7 +39,7 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog
 from firth.data.collate import Batches, collate
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.source import Source, SubsetSource
 from firth.data.token_store import TokenStore
 from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig
@@ -52,7 +52,7 @@ from firth.objectives.objective import Objective, supervised
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD
 from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import init_from, load_model
-from firth.runs.init_head import init_head
+from firth.runs.build_model import init_head
 from firth.runs.prepare import RunData, documents_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train as train_tokenizer

@@ -39,7 +39,7 @@ import torch
 
 from bench.harness import busy_seconds, machine, other_load
 from firth.corpora import catalog, readers
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.model.config import decoder_config
 from firth.pipelines.best_of_n import RankAnswers, SampleAnswers
 from firth.pipelines.frontier import CompareMethods

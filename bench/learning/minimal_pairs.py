@@ -6,7 +6,7 @@
     python -m bench.learning.minimal_pairs --table             # markdown for docs/results/minimal-pairs.md
 
 gpt, roberta (MLM), xlnet, electra and t5 train on the State of the Union addresses with one tokenizer of 4,096 subwords
-(`firth.compare`). Each is scored as its objective allows, without a prompt (`firth.evaluate.prompting.local_model`):
+(`firth.compare`). Each is scored as its objective allows, without a prompt (`firth.evaluate.prompting.responders`):
 
     gpt                     log p by the chain rule, after bos
     gpt, after a period     the same with "." as prompt: few training windows begin with bos
@@ -43,9 +43,9 @@ from bench.harness import describe, machine
 from firth.compare.compare import ComparisonConfig, ComparisonRun, prepare, train_once, units
 from firth.corpora import catalog
 from firth.evaluate.perplexity import leading_bos
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.requests import ScoreReply, ScoreRequest
+from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.evaluate.task import EvaluatedModel, load_evaluated_model

@@ -40,7 +40,7 @@ import torch
 from bench.harness import describe, machine
 from firth.corpora import catalog, readers
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.shuffle import ExampleRNG
 from firth.data.source import Source
 from firth.data.split import split

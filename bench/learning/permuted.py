@@ -16,7 +16,7 @@ tokens is supervised, twice as many as in the papers, since a short run needs mo
     causal            the same body with causal attention, rotary positions
 
 Scores on held-out plays, before the first step and after the last: the objective's own loss, in nats per supervised token
-("xlnet" with and without its memory), and the cloze test, which is the same for all (`firth.evaluate.cloze`, bits per hidden
+("xlnet" with and without its memory), and the cloze test, which is the same for all (`firth.evaluate.perplexity`, bits per hidden
 token and accuracy) and has no memory.
 
 Each run writes one JSON into the results directory; existing results are not repeated. The table counts runs during which
@@ -40,7 +40,7 @@ from firth.data.examples import ExamplesConfig
 from firth.data.source import Source
 from firth.data.token_store import TokenStore
 from firth.data.windows import ChunksConfig, Documents, WindowsConfig
-from firth.evaluate import cloze
+from firth.evaluate import perplexity
 from firth.model.config import ModelConfig, encoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -97,8 +97,8 @@ def score(model: LM, name: str, seed: int, held_out: Source, store: TokenStore, 
             Batches(spread(source, NUM_HELD_OUT), objective, vocab, batch_size=64, seed=seed).all_batches(),
         )["loss"]
 
-    found = {"loss": own_loss(held_out)} | cloze.score(
-        model, objective, cloze.items(store, vocab, NUM_CLOZE, LENGTH), vocab
+    found = {"loss": own_loss(held_out)} | perplexity.cloze_score(
+        model, objective, perplexity.cloze_items(store, vocab, NUM_CLOZE, LENGTH), vocab
     )
     if model.config.attention.memory_length:
         found["forgetful"] = own_loss(Documents(WindowsConfig(max_length=LENGTH), store, vocab, held_out=True))

@@ -6,7 +6,7 @@
     python -m bench.learning.preferences --table             # markdown of the existing results
 
 The demo's finetuned decoder (Shakespeare, 1.6 M parameters) wrote two answers to each of 700 prompts, and a known score of the
-text chose between them with noise (`firth.demo.scorers.thou`). Each method trains on these pairs from the same start; KTO reads
+text chose between them with noise (`firth.demo.data.thou`). Each method trains on these pairs from the same start; KTO reads
 both answers of a pair as two labeled ones. Every training is a run, so a stopped command can be continued.
 
 Measured on prompts that nothing was trained on: the score of a sampled answer; the KL to the start in nats an answer,
@@ -34,7 +34,7 @@ from firth.data.collate import collate
 from firth.data.dialogues import PreferencesConfig
 from firth.data.records import Records
 from firth.data.source import Source
-from firth.demo.scorers import SCORERS
+from firth.demo.data import SCORERS
 from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
 from firth.objectives.preferences import answer_logprobs, build_comparison

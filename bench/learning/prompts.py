@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 
 from firth.corpora.catalog import fetch
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import ReplyCache
+from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
-from firth.io.atomic import write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, write_text
 from firth.runs.import_export import import_model
 
 OUT = Path("runs/prompts")
@@ -162,7 +161,7 @@ def run() -> None:
             continue
         task = fixed_examples(load_tasks(setting.task, setting.data, setting.examples)[0])
         began = time.monotonic()
-        replies = ReplyCache(cache() / "replies", model.digest)
+        replies = ReplyCache(cache_directory() / "replies", model.digest)
         [result] = run_tasks([task], model, setting.config, replies)
         replies.close()
         chance = [1 / len(task.choices_of(item)) for item in task.selected(setting.config) if task.choices]

@@ -6,7 +6,7 @@
     python -m bench.learning.recipes --table                # markdown for docs/results/index.md
 
 The baseline of each is the untrained model: one step with a learning rate near zero, the same tokenizer and held-out text.
-Its head predicts the label frequencies (`firth.runs.init_head`). Seconds are of the whole command, with tokenizer and token
+Its head predicts the label frequencies (`firth.runs.build_model`). Seconds are of the whole command, with tokenizer and token
 store, and of training alone. Each recipe has one JSON in runs/learn_recipes.
 """
 

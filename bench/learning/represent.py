@@ -31,12 +31,10 @@ from typing import Any
 
 from firth.align.precompute import PseudoLabeledConfig
 from firth.corpora import catalog, readers
-from firth.data.annotations import SimulatedAnnotatorsConfig
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
-from firth.data.examples import ExamplesConfig
+from firth.data.examples import DataConfig, ExamplesConfig
 from firth.data.labeled import LabeledConfig
-from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.semi_supervised import PartiallyLabeledConfig, SimulatedAnnotatorsConfig
 from firth.data.windows import ChunksConfig, SegmentPairsConfig
 from firth.model.config import ModelConfig, encoder_config, encoder_decoder_config
 from firth.objectives.classification import Classification

@@ -30,6 +30,7 @@ from firth.evaluate import metrics
 from firth.evaluate.task import load_evaluated_model
 from firth.evaluate.tasks import generation
 from firth.model.config import ModelConfig, encoder_decoder_config
+from firth.model.flops import num_parameters
 from firth.pretrained.families import t5
 from firth.runs.config_io import to_dict
 from firth.runs.prepare import train_tokenizer
@@ -105,7 +106,7 @@ def train_and_score(lesson: Lesson, tokenizer_dir: str, out: str) -> Row:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config | special))
     # transformers 5 ties the embeddings of a new T5 1.1; this head is untied and starts at zero, as in firth.
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    assert sum(p.numel() for p in model.parameters()) == model_config(vocab.size).num_parameters()
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(model_config(vocab.size))
     padding = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.engine, pad_token=tokenizer.token(vocab.pad), eos_token=tokenizer.token(vocab.eos)
     )

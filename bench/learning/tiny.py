@@ -37,11 +37,11 @@ from firth.model.model import LM
 from firth.objectives.objective import components, supervised
 from firth.pretrained.load_save import load_model
 from firth.runs import examples
+from firth.runs.evaluation import Validator, vocab
 from firth.runs.inference import open_model
 from firth.runs.prepare import RunData
 from firth.runs.recipe import ResolvedRecipe, load, load_resolved
 from firth.runs.run import RunResult, run
-from firth.runs.validation import Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.distributed import Ranks
 from firth.training.step import validate

@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import busy_seconds, machine, other_load
-from firth.data.config import DataConfig
 from firth.data.dialogues import prompts as read_prompts
+from firth.data.examples import DataConfig
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
 from firth.model.config import decoder_config
 from firth.pretrained.load_save import load_model
 from firth.recipes import post_training
-from firth.report.overoptimization import parting
+from firth.report.sections import parting
 from firth.runs.examples import DialoguesConfig
 from firth.runs.recipe import BatchConfig, TokenizerConfig, load
 from firth.runs.run import run

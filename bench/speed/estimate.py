@@ -211,8 +211,7 @@ def measure(run: PreparedRun, steps: int) -> dict[str, Any]:
 
 def time_both(run: PreparedRun, steps: int) -> dict[str, Any]:
     """Predict and measure the time of a case, in turns."""
-    from firth.runs.step_estimate import step_flops
-    from firth.runs.timing import time_steps
+    from firth.runs.step_estimate import step_flops, time_steps
 
     seconds = [train(run, steps)]
     sampled, _ = run.sample()

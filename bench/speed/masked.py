@@ -147,7 +147,8 @@ def firth_setup(bert: bool = False) -> tuple[Any, Any, Any]:
     """Return (model, objective, batches) of the default encoder, or of the peer's BERT, on packed sentences."""
     from firth.data.collate import Batches
     from firth.data.source import Source
-    from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
+    from firth.model.config import ModelConfig, encoder_config
+    from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig
     from firth.model.model import LM
     from firth.objectives.masked_lm import MLM
     from firth.tokenizer.vocab import Vocab

@@ -35,7 +35,7 @@ from firth.data.collate import Batches, collate
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.runs import examples
-from firth.runs.init_head import init_head
+from firth.runs.build_model import init_head
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, load
 from firth.runs.tokenizer import tokenizer_of

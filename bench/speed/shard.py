@@ -25,11 +25,10 @@ import torch
 from bench.harness import cpu_name, reset_peak, resident
 from firth.data.collate import collate
 from firth.model.config import decoder_config
-from firth.model.deferred_init import record_init
+from firth.model.init import record_init
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
-from firth.training.data_parallel import Parallel, Replicas
-from firth.training.distributed import DistributedConfig, join
+from firth.training.distributed import DistributedConfig, Parallel, Replicas, join
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.step import SINGLE, step, validate
 

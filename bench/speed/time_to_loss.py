@@ -113,7 +113,7 @@ class TextData:
 def prepare_text(corpus: str, results: Path) -> TextData:
     """Split the corpus into training and held-out plays; the tokenizer is trained on the training plays."""
     from firth.corpora.catalog import fetch
-    from firth.data.config import DataConfig
+    from firth.data.examples import DataConfig
     from firth.data.windows import Documents, WindowsConfig
     from firth.runs.prepare import RunData, documents_of
     from firth.tokenizer.tokenizer import Tokenizer
@@ -269,7 +269,7 @@ def run_firth(clock: Clock, data: TextData, seed: int, settings: Settings | None
     from firth.model.config import ModelConfig
     from firth.model.model import LM
     from firth.recipes.decoders import gpt
-    from firth.runs.init_head import init_head
+    from firth.runs.build_model import init_head
     from firth.training.logging import NullReporter
     from firth.training.optimizer import OptimizerConfig
     from firth.training.schedule import Budget, Schedule

@@ -31,6 +31,7 @@ from firth.align.rewards import (
 )
 from firth.data.collate import collate
 from firth.data.dialogues import Prompt
+from firth.data.examples import DatasetSplits
 from firth.data.source import Source
 from firth.generate.decoding_batch import inference_mode
 from firth.generate.engine import Engine
@@ -186,6 +187,19 @@ class HeldOutTexts:
             scores = (now - torch.from_numpy(np.array(example["reference"]))).tolist()
         names = ("preferred", "rejected")
         return [{"name": n, "text": s.text, "score": v} for n, s, v in zip(names, samples, scores, strict=True)]
+
+
+@dataclass(frozen=True)
+class PromptSplits(DatasetSplits):
+    """The data of a run that trains on its own answers: held-out prompts in place of a validation source.
+
+    Args:
+        texts: The prompts of the report.
+        prompts: Held-out prompts that are answered during training; None if there are none.
+    """
+
+    texts: HeldOutTexts | None = None
+    prompts: HeldOutPrompts | None = None
 
 
 def choose(train: Source, valid: Source | None, fields: frozenset[str]) -> HeldOutTexts | None:

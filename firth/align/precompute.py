@@ -31,8 +31,8 @@ from firth.data.conversations import unpaired
 from firth.data.dialogues import PreferencesConfig, first_prompt
 from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig, WrappingConfig
 from firth.data.records import Record, Records, RecordsConfig
+from firth.data.semi_supervised import PartiallyLabeledConfig
 from firth.data.source import Source, WrappedSource
-from firth.data.unlabeled import PartiallyLabeledConfig
 from firth.fields import TokenCount, path_field
 from firth.generate.decoding_batch import inference_mode
 from firth.io.integrity import read_record, write_record

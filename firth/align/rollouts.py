@@ -35,7 +35,7 @@ import torch
 from firth.align import held_out
 from firth.align.advantages import GAE, AdvantageEstimator, GroupNormalized, LeaveOneOut, discounted_returns
 from firth.align.answers import answer_mask, batch_numbers, per_token_numbers, sample_shared, score_shared
-from firth.align.held_out import HeldOutPrompts, HeldOutTexts
+from firth.align.held_out import HeldOutPrompts, HeldOutTexts, PromptSplits
 from firth.align.rewards import (
     FunctionReward,
     RewardFunction,
@@ -248,7 +248,7 @@ class RolloutsConfig(ExamplesConfig):
             ranks=data.ranks,
         ) if held else None  # fmt: skip
         texts = HeldOutTexts(examples, bool(held), judge, self.max_new_tokens)
-        return DatasetSplits(source, None, texts=texts, prompts=measured)
+        return PromptSplits(source, None, texts=texts, prompts=measured)
 
     def _rewards(self, learned: RewardModel | None, prompts: Sequence[Prompt]) -> WeightedRewards:
         """Return the rewards of the recipe, which the records have the fields for."""

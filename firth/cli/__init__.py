@@ -6,24 +6,46 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
-from firth import __version__
-from firth.cli.console import console
 from firth.cli.evaluation import evaluate, ratings
 from firth.cli.inference import chat, embed, fill, generate, predict, vectors
 from firth.cli.information import doctor, fetch, list_, show
 from firth.cli.models import export, import_
-from firth.cli.preparation import prepare
+from firth.cli.preparation import prepare, tokenizer_show, tokenizer_train
 from firth.cli.scaling import plan, scale_fit, scale_run, sweep
 from firth.cli.serving import annotate, serve, watch
-from firth.cli.tokenizers import tokenizer_show, tokenizer_train
 from firth.cli.training import compare, demo, pipeline, train
 from firth.io.atomic import refusal
-from firth.types import UserError
+from firth.types import LOGGER, VERSION, UserError
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints messages on standard output and warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        typer.echo(f"firth: {record.getMessage()}" if warning else record.getMessage(), err=warning)
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """Print the messages of firth within the context."""
+    handler, level = ConsoleHandler(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+
 
 app = typer.Typer(
     help="firth takes raw text to a language model that is pretrained, adapted, aligned and evaluated.",
@@ -83,5 +105,5 @@ def root(
 ) -> None:
     context.with_resource(console())
     if version:
-        typer.echo(f"firth {__version__}")
+        typer.echo(f"firth {VERSION}")
         raise typer.Exit

@@ -70,7 +70,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model: perplexity, bits per byte, accuracy, the metrics of its objective, or tasks in prompts."""
     if board:
-        from firth.runs.board import board as compare_results
+        from firth.runs.evaluate_prompts import board as compare_results
 
         typer.echo(compare_results(models, out, json))
         return

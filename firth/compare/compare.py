@@ -5,7 +5,7 @@
 
 Every recipe is trained from scratch for each share of the compute and each seed. Each model is then finetuned on the same
 labeled records (`Classification`), as is a randomly initialized model of the same config; evaluated on the same hidden
-tokens (`firth.evaluate.cloze`); and, if its objective is causal, scored in bits per byte of held-out text. This is figure 1
+tokens (`firth.evaluate.perplexity`); and, if its objective is causal, scored in bits per byte of held-out text. This is figure 1
 of ELECTRA (Clark 2020) on your own text. Each point is a run of its own, not a checkpoint of a longer run: the learning
 rate decays over a run, so a checkpoint from its middle is worse than a run with the same compute.
 
@@ -32,10 +32,10 @@ import torch
 
 from firth.compare.probe_dataset import MAX_TEST_RECORDS, ProbeDataset, draw_probe
 from firth.compare.report import Score, write_comparison
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import LabeledConfig
-from firth.evaluate import cloze
-from firth.evaluate.cloze import ClozeItem
+from firth.evaluate import perplexity
+from firth.evaluate.perplexity import ClozeItem
 from firth.fields import PositiveInt, ShareAboveZero, Validated
 from firth.io.atomic import make_directory
 from firth.io.integrity import read_record, write_record
@@ -302,7 +302,7 @@ def _pretrain(comparison: ComparisonRun, recipe: Recipe, score: Score, claim: Cl
         directory / "checkpoints", ignore_errors=True
     )  # the weights are in model/, optimizer states are larger
     model = load_model(ended.model)
-    found = cloze.score(model, recipe.objective, comparison.cloze_items, comparison.tokenizer.vocab)
+    found = perplexity.cloze_score(model, recipe.objective, comparison.cloze_items, comparison.tokenizer.vocab)
     return dataclasses.replace(
         score, flops=ended.flops, seconds=ended.seconds, steps=ended.steps, tokens=ended.tokens,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -414,8 +414,8 @@ def prepare(
     }
     train, validation = RunData(data, tokenizer, out, log=log).stores()
     longest = min(MAX_CLOZE_TOKENS, *(r.model.max_positions - 2 for r in recipes.values() if r.model is not None))
-    questions = [] if validation is None else cloze.items(validation, tokenizer.vocab, CLOZE_ITEMS, longest)
-    baseline = cloze.most_frequent_baseline(train, questions)
+    questions = [] if validation is None else perplexity.cloze_items(validation, tokenizer.vocab, CLOZE_ITEMS, longest)
+    baseline = perplexity.most_frequent_baseline(train, questions)
     return ComparisonRun(config, out, tokenizer, recipes, questions, baseline, probe, probe_data)
 
 

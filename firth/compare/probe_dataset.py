@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from firth.corpora import catalog, readers
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import LabeledConfig
 from firth.data.split import place
 from firth.runs.prepare import held_out_of

@@ -49,7 +49,7 @@ class Score:
         tokens: Tokens read in pretraining.
         parameters: Number of parameters.
         accuracy: Accuracy of the finetuned model on the test records.
-        cloze_accuracy: Cloze accuracy (`firth.evaluate.cloze`).
+        cloze_accuracy: Cloze accuracy (`firth.evaluate.perplexity`).
         cloze_bits: Cloze bits.
         bits_per_byte: Bits per byte of held-out text, for causal objectives.
     """

@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from firth.corpora import closed_book, dictionary, download, minimal_pairs, pages, prepare
+from firth.corpora import closed_book, download, minimal_pairs, prepare, reference_works
 from firth.corpora.download import Package
-from firth.corpora.input_files import stamp
-from firth.io.atomic import make_directory, scratch_directory, write_text
-from firth.io.cache import cache
-from firth.io.integrity import sealed, verify
+from firth.io.atomic import cache_directory, make_directory, scratch_directory, write_text
+from firth.io.integrity import sealed, stamp, verify
 from firth.types import LOGGER, LogLine, UserError
 
 FORMAT_VERSION = 1
@@ -133,11 +131,11 @@ ENTRIES = (
     ),
     Corpus(
         "gcide", GCIDE, ("usr/share/dictd/gcide.dict.dz",), "GPL-2+",
-        "115,000 entries of Webster's dictionary of 1913, with quotations (23 MB)", dictionary.write_dictionary, "*.jsonl",
+        "115,000 entries of Webster's dictionary of 1913, with quotations (23 MB)", reference_works.write_dictionary, "*.jsonl",
     ),
     Corpus(
         "anarchism", ANARCHISM, ("usr/share/doc/anarchism/html/*.html",),
-        "GPL-2+", "An Anarchist FAQ, a long book of essays (11 MB); headings.jsonl: prompt, completion", pages.html_pages,
+        "GPL-2+", "An Anarchist FAQ, a long book of essays (11 MB); headings.jsonl: prompt, completion", reference_works.html_pages,
     ),
     Corpus(
         "places", WORDNET, GLOSSES, "WordNet 3.0", "1,100 glosses of places; train.jsonl, test.jsonl: questions that they answer",
@@ -154,7 +152,7 @@ ENTRIES = (
             "62e102b93fc17ff51f9ce5a3eb237dc113e7078c09d882b84176b9664ac8f9da", 3_237_008,
         ),
         ("usr/share/libreoffice/help/fr/text/*.html",), "MPL-2.0",
-        "French: 2,378 help pages (3.7 MB of text); headings.jsonl: prompt, completion", pages.html_pages,
+        "French: 2,378 help pages (3.7 MB of text); headings.jsonl: prompt, completion", reference_works.html_pages,
     ),
     Corpus(
         "manpages-fr",
@@ -162,7 +160,7 @@ ENTRIES = (
             "deb", "manpages-fr", "", "befd6afdccfcfb21e28a5fe4d572a02b14bcfa8cd447543f0c0872d18ffdf432", 1_899_104,
         ),
         ("usr/share/man/fr/*.gz",), "GPL-3.0+ and others", "French: 435 manual pages (3.1 MB of text), some paragraphs in English",
-        pages.manual_pages,
+        reference_works.manual_pages,
     ),
     Corpus(
         "debian-handbook-fr",
@@ -170,7 +168,7 @@ ENTRIES = (
             "deb", "debian-handbook", "", "90d1419e308171504e46b47f72ab265d260f3811661c001918ff5b5e9355aa52", 34_758_056,
         ),
         ("usr/share/doc/debian-handbook/html/fr-FR/*.html",), "GPL-2.0+ or CC BY-SA 3.0",
-        "French: 127 pages (1.1 MB of text), some paragraphs in English; headings.jsonl: prompt, completion", pages.html_pages,
+        "French: 127 pages (1.1 MB of text), some paragraphs in English; headings.jsonl: prompt, completion", reference_works.html_pages,
     ),
     Corpus(
         "sentiment", VADER,
@@ -287,7 +285,7 @@ def fetch(name: str, log: LogLine = LOGGER.info) -> Path:
     """
     if name not in CATALOG:
         raise UserError(f"there is no corpus {name!r}: choose one of {', '.join(CATALOG)}")
-    return fetch_corpus(CATALOG[name], cache(), log)
+    return fetch_corpus(CATALOG[name], cache_directory(), log)
 
 
 def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
@@ -303,7 +301,7 @@ def paths(name: str, log: LogLine = LOGGER.info) -> list[str]:
         UserError: As `fetch`; or the corpus is a model, or the file does not exist.
     """
     name, _, side = name.partition("/")
-    directory = cache() / name
+    directory = cache_directory() / name
     if name not in CATALOG or _VERIFIED.get(directory) != _stamps(directory):
         directory = fetch(name, log)
         _VERIFIED[directory] = _stamps(directory)
@@ -326,7 +324,7 @@ def model_path(path: str, log: LogLine = LOGGER.info) -> str:
     """Return the directory of a model of the catalog, which is fetched first if needed; any other path as it is."""
     if path not in model_names() or Path(path).exists():
         return path
-    directory = cache() / path
+    directory = cache_directory() / path
     if _VERIFIED.get(directory) != _stamps(directory):
         _VERIFIED[fetch(path, log)] = _stamps(directory)
     return str(directory)

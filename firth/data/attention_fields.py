@@ -86,7 +86,7 @@ def permuted(example: Example, order: np.ndarray, query_tokens: np.ndarray, comp
 
 
 def memory_fields(example: Example) -> Example:
-    """Return the fields of an example that describe the text before it (`firth.data.windows.Windows`)."""
+    """Return the fields of an example that describe the text before it (`firth.data.windows`)."""
     return {name: field for name, field in example.items() if name.startswith("memory_")}
 
 

@@ -24,8 +24,7 @@ from typing import Any
 from firth.corpora.readers import is_url
 from firth.corpora.remote import Address
 from firth.data.token_store import StorePart, TokenStore, check_store_tokenizer, read_manifest
-from firth.io.atomic import scratch_directory
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, scratch_directory
 from firth.io.integrity import digest, read_record, write_record
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import UserError
@@ -118,7 +117,7 @@ def _copied(corpus: Address) -> Path:
     It is named by the address and the content of corpus.json, so a corpus that is extended has another one.
     """
     raw = (corpus / CORPUS_FILE).read_bytes()
-    here = cache() / "corpora" / hashlib.sha256(corpus.url.encode() + raw).hexdigest()[:16]
+    here = cache_directory() / "corpora" / hashlib.sha256(corpus.url.encode() + raw).hexdigest()[:16]
     if not here.is_dir():
         with scratch_directory(here) as partial:
             (partial / CORPUS_FILE).write_bytes(raw)

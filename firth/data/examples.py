@@ -1,4 +1,9 @@
-"""Kinds of examples, what they are built from, and their training and validation parts: the `examples` section of a recipe."""
+"""Kinds of examples, what they are built from, and their training and validation parts: the `examples` section of a recipe.
+
+The `data` section of a recipe (`DataConfig`) is here too, and the line on the classes of a run's examples:
+
+classes: bad 51 (and 7 held out), good 49 (and 5 held out), odd 0 (and 1 held out)
+"""
 
 from __future__ import annotations
 
@@ -10,19 +15,108 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
-from firth.data import class_counts
-from firth.data.config import DataConfig
+from firth.corpora import catalog
 from firth.data.source import Source, SubsetSource
 from firth.data.split import MIN_RECORDS, held_out_keys
 from firth.data.token_store import TokenStore
-from firth.fields import Validated
+from firth.fields import PositiveFloat, ShareBelowOne, Validated, path_field
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.types import LOGGER, DataStats, LogLine, RankGroup, UserError
 
 if TYPE_CHECKING:
-    from firth.align.held_out import HeldOutPrompts, HeldOutTexts
     from firth.model.model import LM
     from firth.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class DataConfig(Validated, section="data"):
+    """Configuration of the data: files or a corpus, and what is held out.
+
+    Args:
+        path: Files, directories or globs (text, JSONL, Parquet; .gz, .zst), or corpora of `firth prepare`, also at addresses (s3://).
+        corpus: A corpus of `firth fetch` in place of `path`, or NAME/FILE for one of its side files.
+        weights: Sampling weight of each path, in any unit; without weights each path contributes all it holds.
+        text_field: The field of a record that holds the text.
+        split_by: A text file is one document ("file"), or one document per "blank" line or "line".
+        validation_path: Files to validate on. Without them `validation_fraction` of the documents is held out.
+        validation_fraction: Fraction of documents (by name, never single lines) or records (by prompt) to hold out. Documents
+            with the same content and records with the same prompt are held out together (`firth.data.split`). Of a prepared corpus
+            it was chosen when the corpus was prepared.
+        cache_dir: Directory of token stores that several runs share; empty uses the run directory.
+    """
+
+    path: tuple[str, ...] = path_field("files", ())
+    corpus: str = ""
+    weights: tuple[PositiveFloat, ...] = ()
+    text_field: str = "text"
+    split_by: str = "file"
+    validation_path: tuple[str, ...] = path_field("files", ())
+    validation_fraction: ShareBelowOne = 0.05
+    cache_dir: str = path_field("place", "")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, paths in (("path", self.path), ("validation_path", self.validation_path)):
+            if not all(paths):
+                raise UserError(f"data.{name}={list(paths)} has an empty name, which would be the working directory")
+        if self.path:  # the model card must not state the language and license of a corpus that is not read
+            object.__setattr__(self, "corpus", "")
+
+    def paths(self, log: LogLine) -> list[str]:
+        """Return the training files.
+
+        Raises:
+            UserError: Neither `path` nor `corpus` is set.
+        """
+        if self.path:
+            return list(self.path)
+        if not self.corpus:
+            raise UserError("the recipe has no data: set data.path=FILES or data.corpus=NAME (see `firth list`)")
+        return catalog.paths(self.corpus, log)
+
+
+MAX_LISTED_CLASSES = 12
+"""Most classes that the line lists one by one."""
+
+
+def count_classes(source: Source) -> Mapping[str, int]:
+    """Return the number of examples of each class in a source; {} without classes."""
+    return source.class_counts(np.arange(len(source)))
+
+
+def class_summary(train: Source, valid: Source | None) -> str:
+    """Return a line on the classes; empty if there are none."""
+    found = count_classes(train)
+    held = count_classes(valid) if valid is not None else {}
+    if len(found) > MAX_LISTED_CLASSES:
+        least, most = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+        return f"{len(found)} classes, from {found[least]:,} of {least} to {found[most]:,} of {most}"
+    each = [
+        f"{name} {n:,}" + (f" (and {held[name]:,} held out)" if held.get(name) else "") for name, n in found.items()
+    ]
+    return f"classes: {', '.join(each)}" if each else ""
+
+
+def missing_classes(train: Source, valid: Source | None) -> list[str]:
+    """Return a sentence for each class that has held-out examples and no training examples."""
+    held = count_classes(valid) if valid is not None else {}
+    return [
+        f"the class {name!r} has no training examples and {held[name]:,} held-out ones, so it is not learned"
+        for name, n in count_classes(train).items()
+        if not n and held.get(name)
+    ]
+
+
+def check_several_classes(train: Source) -> None:
+    """Raise a UserError if all training examples are of one class."""
+    found = count_classes(train)
+    some = [name for name, n in found.items() if n]
+    if found and len(some) < 2:
+        raise UserError(
+            f"all training examples are of one class, {some[0] if some else 'none'!r}: add records of another class, or name the "
+            "field of the label (examples.label_field)"
+        )
+
 
 S = TypeVar("S", bound=Source)
 C = TypeVar("C", bound="BuildContext")
@@ -38,9 +132,6 @@ class DatasetSplits:
         bytes_per_target: UTF-8 bytes of held-out text per label, where every token is a label; else 0.
         read_stats: Counts of the reader when the token store was built.
         no_validation_reason: Why nothing is held out although a fraction should be; a sentence.
-        texts: Held-out prompts for the report, where they are not taken from the sources
-            (`firth.align.held_out.choose`).
-        prompts: Held-out prompts that are answered during training, in place of a validation source.
     """
 
     train: Source
@@ -48,8 +139,6 @@ class DatasetSplits:
     bytes_per_target: float = 0.0
     read_stats: Mapping[str, int] = field(default_factory=dict)
     no_validation_reason: str = ""
-    texts: HeldOutTexts | None = None
-    prompts: HeldOutPrompts | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -60,9 +149,7 @@ class DatasetSplits:
     def notes(self) -> list[str]:
         """Sentences on what was truncated, dropped or missing, with the place of the first of each."""
         held = self.validation.notes if self.validation is not None else ()
-        return list(
-            dict.fromkeys((*self.train.notes, *held, *class_counts.missing_classes(self.train, self.validation)))
-        )
+        return list(dict.fromkeys((*self.train.notes, *held, *missing_classes(self.train, self.validation))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,7 @@ import numpy as np
 
 from firth.corpora.readers import Document
 from firth.corpora.remote import Address
-from firth.data.remote_arrays import RemoteStoredFile
-from firth.data.stored_arrays import StoredArray, StoredFile, StoredOffsets, block_hashes
+from firth.data.stored_arrays import RemoteStoredFile, StoredArray, StoredFile, StoredOffsets, block_hashes
 from firth.io.atomic import FULL
 from firth.io.integrity import check_digest, digest, with_digest
 from firth.tokenizer.tokenizer import Tokenizer

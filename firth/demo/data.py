@@ -12,6 +12,15 @@ the dialogues are cues with their answers.
 
 `make_folder_data`, from a user's own folder of text: the label of a passage is its document, if several documents are large
 enough, or else the third of the text that contains it. A dialogue is a paragraph and the one that follows it.
+
+The ground-truth rewards of the demo, against which every alignment method is measured, are here too. In practice the true reward is
+human judgment, known only through comparisons. Here it is a function of the text, so that the report can show both the score of the
+reward model and the true reward.
+
+>>> brief("I will go.") > brief("I will go") > brief("")
+True
+>>> thou("What wilt thou do?") > thou("What will you do?")
+True
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +55,7 @@ class DatasetInfo:
         question: Description of the classification task.
         labels: Names of its classes.
         cue: Description of the dialogues.
-        scorer: Name of the ground-truth reward in `firth.demo.scorers.SCORERS`.
+        scorer: Name of the ground-truth reward in `firth.demo.data.SCORERS`.
         samples: Prompts for samples of the decoder.
         bytes: UTF-8 bytes of the training text.
     """
@@ -406,3 +415,58 @@ def _first_sentences(text: str, max_length: int) -> str:
             break
         start = f"{start} {sentence}".strip()
     return start or text[:max_length].rsplit(" ", 1)[0]
+
+
+ARCHAIC_WORDS = {"thou", "thee", "thy", "thine", "thyself", "art", "hast", "dost", "wilt", "shalt", "hath", "doth"}
+"""Words that `thou` rewards."""
+
+
+def words(text: str) -> list[str]:
+    """Split a text into lowercase words.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Its words, without punctuation and digits.
+    """
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def brief(text: str) -> float:
+    """Compute a reward for a finished, short answer without repetition.
+
+    The reward is 1 for a final . ! or ?, plus up to 1 for a length of 3 to 20 words (falling to 0 at 40 words); the sum is
+    multiplied by the share of distinct words.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The reward, 0 to 2.
+    """
+    answer = words(text)
+    if len(answer) < 3:
+        return 0.0
+    finished = 1.0 if text.rstrip().endswith((".", "!", "?")) else 0.0
+    length = min(1.0, max(0.0, (40 - len(answer)) / 20))
+    return (finished + length) * len(set(answer)) / len(answer)
+
+
+def thou(text: str) -> float:
+    """Compute the `brief` reward, multiplied by a factor for archaic pronouns and verbs (thou, thee, thy, hath, ...).
+
+    The factor is 1.5, 1.75 or 2 for one, two or three such words; more of them add nothing.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The reward, 0 to 4.
+    """
+    count = sum(word in ARCHAIC_WORDS for word in words(text))
+    return brief(text) * (1 + min(1.0, 0.5 * min(count, 1) + 0.25 * max(0, min(count, 3) - 1)))
+
+
+SCORERS: dict[str, Callable[[str], float]] = {"brief": brief, "thou": thou}
+"""Ground-truth rewards by name."""

@@ -28,11 +28,10 @@ import torch
 from firth.align.rewards import FunctionReward, RewardModel, Rollout, sample_preference, write_preference_pairs
 from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.corpora import catalog
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.demo import data
-from firth.demo.data import INFO, DatasetInfo, read_rows
+from firth.demo.data import INFO, SCORERS, DatasetInfo, read_rows
 from firth.demo.report import EXAMPLE_WORDS, demo_report, next_commands
-from firth.demo.scorers import SCORERS
 from firth.demo.sizes import SIZES, DemoSize
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
@@ -541,7 +540,7 @@ class _Demo:
             self.size.ppo_recipe(
                 post_training.ppo(),
                 reward_model=str(self.reward_model_directory),
-                true_reward_function=f"firth.demo.scorers:{self.info.scorer}",
+                true_reward_function=f"firth.demo.data:{self.info.scorer}",
             ),
             name="ppo",
             data=DataConfig(path=(self.data_file("dialogues-train"),)),

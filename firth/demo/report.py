@@ -301,7 +301,7 @@ def preferences_section(out: Path, metrics: Metrics, size: DemoSize) -> Section:
     return Section(
         "Preferences and a reward model",
         "The instruction-tuned model samples two answers to each prompt. A simulated judge compares them by the true reward, a "
-        "function of the text (`firth.demo.scorers`). The judge prefers the first answer with probability "
+        "function of the text (`firth.demo.data`). The judge prefers the first answer with probability "
         f"sigma((reward_1 - reward_2) / {size.preference_noise:g}), so the preferences are noisy: {counts['train-agree']:.0%} of "
         f"the chosen answers have the higher true reward. There are {counts['train']} training comparisons and {counts['valid']} "
         f"held-out ones. The reward model has an accuracy of {metrics['reward_model']['accuracy']:.1%} on the held-out "

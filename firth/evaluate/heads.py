@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -34,7 +34,6 @@ from firth.data.records import Records
 from firth.data.source import Source
 from firth.evaluate import metrics
 from firth.evaluate.perplexity import groups
-from firth.evaluate.task import EvaluatedModel, Progress
 from firth.generate.decoding_batch import inference_mode
 from firth.model.model import LM
 from firth.objectives.classification import MultipleChoice
@@ -185,45 +184,6 @@ def head_batches(
         for group in groups(built, max_tokens):
             batch = {name: field.to(device) for name, field in collate(group, label_fields).items()}
             yield HEADS[head].read(model, objective, objective.forward(model, batch), batch)
-
-
-@dataclass(frozen=True)
-class HeadTask:
-    """How a task reads its head, in two steps: a server does something else between the forward passes of the first.
-
-    Args:
-        head: Name of the head.
-        objective: Returns the objective that reads the head, for a model and its items.
-        rows: Yields a row of predictions for each record, from a model, its items and the outputs of all of them.
-    """
-
-    head: str
-    objective: Callable[[EvaluatedModel, Records], Objective]
-    rows: Callable[[EvaluatedModel, Records, Iterator[HeadOutput]], Iterator[dict[str, Any]]]
-
-    def batches(
-        self, evaluated: EvaluatedModel, items: Records, progress: Progress, max_tokens: int = MAX_BATCH_TOKENS
-    ) -> Iterator[list[HeadOutput]]:
-        """Yield the outputs of all items in order, those of a forward pass together (`head_batches`)."""
-        objective = self.objective(evaluated, items)
-        source = _all_examples(items, progress)
-        return head_batches(evaluated.model, objective, self.head, source, evaluated.vocab, max_tokens)
-
-    def outputs(self, evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[HeadOutput]:
-        """Yield the outputs of all items in order."""
-        return chain.from_iterable(self.batches(evaluated, items, progress))
-
-    def predict(self, evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
-        """Yield a row of predictions for each record."""
-        outputs = self.outputs(evaluated, items, progress)
-        yield from self.rows(evaluated, items, outputs)
-        next(outputs, None)  # exhaust the generator, which restores the mode of the model
-
-
-def _all_examples(items: Source, progress: Progress) -> Iterator[Example]:
-    for i in range(len(items)):
-        yield items[i]
-        progress((i + 1) / len(items))
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""Perplexity and bits per byte of text.
-
-Likelihood of text under causal, masked and encoder-decoder models, per token and per byte.
+"""Likelihood of text under causal, masked and encoder-decoder models, per token and per byte; and the cloze score.
 
 Each model family has a function that turns a document into examples that score every token once (`strided`,
 `one_at_a_time`, `halves`); `score` runs the model and sums.
@@ -15,37 +13,39 @@ encoder-decoder is of second halves given first halves: compare only models of o
 than the tokenizer, probabilities sum to 1 over the tokenizer's ids (`LM.restrict_vocab`); transformers includes the other
 ids, whose share is close to 0 in a trained model.
 
-Perplexity and bits per byte of the text in files, scored as the model was trained.
+The cloze score is of one hidden token of a text (the cloze test, Taylor 1953). Each objective hides the token in its own way
+(`Objective.hide`), for the same tokens of the same texts: a masked model reads both sides of the gap, a causal model only what
+precedes it, an encoder-decoder writes after a sentinel. The score measures a model under the context that its objective provides;
+an objective without token prediction has none.
+
+    questions = cloze_items(store, vocab, count=512)
+    cloze_score(model, MLM(), questions, vocab)          {"accuracy": 0.31, "bits": 5.2}
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.nn.functional as F
 
-from firth.corpora.input_files import ReadStats
-from firth.corpora.readers import documents
 from firth.data import attention_fields
 from firth.data.collate import collate
+from firth.data.token_store import TokenStore
+from firth.data.windows import ChunksConfig, Documents
 from firth.evaluate import metrics
 from firth.generate.decoding_batch import inference_mode
-from firth.generate.scoring import scoring_mode
 from firth.model.model import LM
-from firth.objectives.objective import token_loss
+from firth.objectives.objective import Objective, num_correct, supervised, token_loss
 from firth.pretrained.load_save import metadata_of
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab, replace_lone_surrogates
-from firth.types import IGNORE, LOGGER, NEVER, Batch, Example, UserError
-
-if TYPE_CHECKING:
-    from firth.evaluate.task import EvaluatedModel, Progress
-    from firth.tokenizer.tokenizer import Tokenizer
+from firth.types import IGNORE, NEVER, Batch, Example, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,13 +229,6 @@ def groups(examples: Iterable[Example], max_tokens: int) -> Iterator[list[Exampl
         yield group
 
 
-BLOCK_TOKENS = 2048
-"""Scored tokens of a block of whole pieces; the interval is bootstrapped over blocks."""
-
-MASKED_LIMIT = 16384
-"""Default number of tokens scored by a masked model, which needs a row of its own for each."""
-
-
 def leading_bos(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool]:
     """Return the bos token that a causal model was trained with before a text, and whether every row starts with it.
 
@@ -261,138 +254,83 @@ def leading_bos(directory: Path, tokenizer: Tokenizer) -> tuple[int | None, bool
     return (bos, False) if ours.exists() else (None, False)
 
 
-READ_NOTES = {
-    "bad_utf8": "byte sequences were not UTF-8 and were read as U+FFFD", "nul": "NUL characters were left out",
-    "too_long": "records were too long to be read and were left out", "empty": "documents had no text",
-}  # fmt: skip
-"""Field of the read statistics -> end of a warning after the count."""
-
-
-def likelihood(
-    evaluated: EvaluatedModel,
-    paths: Sequence[str],
-    limit: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Return perplexity and bits per byte of the documents in files, with an interval where there are enough blocks.
+@dataclass(frozen=True, eq=False)
+class ClozeItem:
+    """One text with a token to hide.
 
     Args:
-        evaluated: The model.
-        paths: Files or directories of text.
-        limit: Most tokens to score, in pieces spread evenly over the text; the result has their "share".
-        progress: Called with the share done, 0 to 1.
-
-    Raises:
-        UserError: The model has no LM head, or the files hold no text.
+        tokens: Ids (n,) without special tokens.
+        at: Index of the hidden token.
     """
-    model, tokenizer = evaluated.model, evaluated.tokenizer
-    if not model.has_lm_head:
-        raise UserError(f"{evaluated.directory}: this model has no LM head, so it cannot score the likelihood of text")
-    mode = scoring_mode(model.config)
-    with_bos = mode == "causal" and not model.config.attention.prefix_lm  # texts of a prefix LM have no special tokens
-    bos, every = leading_bos(evaluated.model_directory, tokenizer) if with_bos else (None, False)
-    context = evaluated.context
-    counts = ReadStats()
-    whole = [tokenize(tokenizer, d.text) for d in documents(paths, counts=counts)]
-    for name, n in counts.rows().items():
-        if name in READ_NOTES:
-            LOGGER.warning(f"{', '.join(paths)}: {n:,} {READ_NOTES[name]}")
-    longest = {"causal": 8 * context, "masked": context - 2, "halves": 2 * context - 2}[mode]
-    split = [piece for document in whole for piece in (pieces(document, longest) if mode != "causal" else [document])]
-    total = sum(len(d.tokens) for d in split)
-    limit = MASKED_LIMIT if limit is None and mode == "masked" else limit
-    chosen = split if limit is None else spread(split, limit)
-    if not total:
-        raise UserError(f"{', '.join(paths)}: there is no text to score")
 
-    def build_examples(document: TokenizedDocument) -> Iterator[Example]:
-        if mode == "causal":
-            return strided(document, context, bos, every, model.config.attention.prefix_lm)
-        if mode == "masked":
-            return one_at_a_time(document, context, tokenizer.vocab, model.config.embedding.mask)
-        return halves(document, context, tokenizer.vocab.with_decoder_start(model.config.encoder.decoder_start_token))
+    tokens: np.ndarray
+    at: int
 
-    num_tokens = sum(len(d.tokens) for d in chosen)
-    done, results, left = 0, [], limit
-    for block in blocks(chosen):
-        examples = (example for document in block for example in build_examples(document))
-        results.append(score(model, examples if left is None else at_most(examples, left)))
-        left = None if left is None else left - results[-1].tokens
-        done += sum(len(d.tokens) for d in block)
-        progress(done / num_tokens)
-        if left is not None and left <= 0:
-            break
-    return summary(results) | {
-        "mode": mode,
-        "context": context,
-        "documents": len(whole),
-        "share": (num_tokens if limit is None else sum(result.tokens for result in results)) / total,
-        "bos": bos is not None,
-    }
+    @property
+    def pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """The text before and after the hidden token."""
+        return self.tokens[: self.at], self.tokens[self.at + 1 :]
+
+    @property
+    def answer(self) -> int:
+        """The hidden token."""
+        return int(self.tokens[self.at])
 
 
-def at_most(examples: Iterable[Example], count: int) -> Iterator[Example]:
-    """Yield examples with `count` labels in total; further labels are set to IGNORE.
+def cloze_items(store: TokenStore, vocab: Vocab, count: int, length: int = 64, seed: int = 0) -> list[ClozeItem]:
+    """Return texts spread evenly over a store, each with a hidden token from its middle half.
 
-    >>> three = {"tokens": np.array([4, 5, 6]), "labels": np.array([5, 6, 7])}
-    >>> [example["labels"].tolist() for example in at_most([three, three, three], 4)]
-    [[5, 6, 7], [5, -100, -100]]
+    Texts of fewer than eight tokens and positions of special tokens are left out.
+
+    Args:
+        store: The tokenized text.
+        vocab: Its vocabulary.
+        count: Most cloze_items.
+        length: Most tokens of a text.
+        seed: Seed of the hidden positions.
     """
-    for example in examples:
-        if count <= 0:
-            return
-        labeled = np.flatnonzero(example["labels"] != IGNORE)
-        labels = example["labels"].copy()
-        labels[labeled[count:]] = IGNORE
-        yield example | {"labels": labels}
-        count -= len(labeled)
+    chunks = Documents(ChunksConfig(max_length=length, add_special_tokens=False), store, vocab)
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in np.unique(np.linspace(0, len(chunks) - 1, count).round().astype(int)) if len(chunks) else ():
+        tokens = np.array(chunks[int(i)]["tokens"])
+        at = int(rng.integers(len(tokens) // 4, max(1, 3 * len(tokens) // 4)))
+        if len(tokens) >= 8 and not vocab.special[tokens[at]]:
+            found.append(ClozeItem(tokens, at))
+    return found
 
 
-def blocks(documents: Sequence[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
-    """Group consecutive documents into blocks of at least BLOCK_TOKENS tokens."""
-    block: list[TokenizedDocument] = []
-    for document in documents:
-        block.append(document)
-        if sum(len(d.tokens) for d in block) >= BLOCK_TOKENS:
-            yield block
-            block = []
-    if block:
-        yield block
+def most_frequent_baseline(store: TokenStore, questions: Sequence[ClozeItem]) -> float:
+    """Return the accuracy of always predicting the most frequent token of a store."""
+    most_frequent = int(np.bincount(store.tokens).argmax())
+    return float(np.mean([item.tokens[item.at] == most_frequent for item in questions])) if questions else 0.0
 
 
-def spread(documents: Sequence[TokenizedDocument], limit: int) -> list[TokenizedDocument]:
-    """Return evenly spaced documents of about `limit` tokens in total, at least one document.
+def cloze_score(model: LM, objective: Objective, questions: Sequence[ClozeItem], vocab: Vocab) -> dict[str, float]:
+    """Score the predictions of hidden tokens.
 
-    >>> ten = [TokenizedDocument(np.array([i, i]), np.array([1, 1])) for i in range(10)]
-    >>> [int(d.tokens[0]) for d in spread(ten, limit=8)]
-    [1, 3, 6, 8]
+    Args:
+        model: The model.
+        objective: The objective that it was trained with.
+        questions: The texts and their hidden tokens.
+        vocab: The vocabulary of the model.
+
+    Returns:
+        accuracy: Share of cloze_items whose token has the highest probability. bits: Mean -log2 of its probability.
+        Empty where the objective predicts no token, or there is no item.
     """
-    total = sum(len(d.tokens) for d in documents)
-    if total <= limit:
-        return list(documents)
-    count = max(1, round(len(documents) * limit / total))
-    return [documents[(2 * i + 1) * len(documents) // (2 * count)] for i in range(count)]
-
-
-def summary(results: Sequence[Likelihood]) -> dict[str, Any]:
-    """Return the metrics over all blocks."""
-    total = sum(results, Likelihood())
-    if not total.tokens:
-        raise UserError(
-            "the text is too short to score: a model without bos does not score the first token of a document"
-        )
-    out: dict[str, Any] = {
-        "perplexity": total.perplexity,
-        "bits_per_byte": total.bits_per_byte if total.size else float("nan"),
-        "nll": total.nll,
-        "tokens": total.tokens,
-        "bytes": total.size,
-    }
-    if len(results) >= 8:
-        nll, size = [r.nll for r in results], [r.size for r in results]
-        out["bits_per_byte_interval"] = metrics.bootstrap(_ratio, nll, size)
-    return out
-
-
-def _ratio(nll: np.ndarray, size: np.ndarray) -> float:
-    return metrics.bits_per_byte(float(nll.sum()), int(size.sum()))
+    vocab = vocab.with_decoder_start(model.config.encoder.decoder_start_token)
+    hidden = [objective.hide(item.pieces, vocab, item.answer) for item in questions]
+    examples = [example for example in hidden if example is not None]
+    if not examples:
+        return {}
+    device = model.tokens.weight.device
+    correct = nats = 0.0
+    with inference_mode(model):
+        for group in groups(examples, max_tokens=8192):
+            batch = {name: field.to(device) for name, field in collate(group).items()}
+            states, labels = supervised(objective.forward(model, batch)["hidden"], batch["labels"])
+            logits = model.heads["lm"](states).float()  # (N, V)
+            correct += float(num_correct(logits, labels))
+            nats += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return {"accuracy": correct / len(examples), "bits": nats / len(examples) / math.log(2)}

@@ -9,30 +9,30 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from firth.corpora.readers import first_records
 from firth.data.records import Records, RecordsConfig
+from firth.data.source import Source
 from firth.evaluate import metrics
+from firth.evaluate.heads import MAX_BATCH_TOKENS, HeadOutput, head_batches
 from firth.evaluate.prediction_inputs import FormField, InputSchema
 from firth.evaluate.tokenizer_match import check_adapter_base, load_tokenizer
 from firth.io.sharded import run_of
 from firth.io.yaml_files import read_yaml
 from firth.model.model import LM
 from firth.objectives import OBJECTIVES, find
-from firth.objectives.objective import reads_dialogues
+from firth.objectives.objective import Objective, reads_dialogues
 from firth.peft import adapter_files
 from firth.pretrained.load_save import check_vocab_fits, load_model, metadata_of
 from firth.tokenizer.chat_template import TEMPLATE
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.vocab import Vocab
-from firth.types import LOGGER, UserError
-
-if TYPE_CHECKING:
-    from firth.evaluate.heads import HeadTask
+from firth.types import LOGGER, Example, UserError
 
 MetricFunction = Callable[..., float]
 Progress = Callable[[float], None]
@@ -165,6 +165,45 @@ def most_likely(options: Sequence[str], scores: Sequence[float]) -> str:
     best = max(scores)
     at = [i for i, score in enumerate(scores) if score == best]
     return options[at[0]] if len(at) == 1 else ""
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """How a task reads its head, in two steps: a server does something else between the forward passes of the first.
+
+    Args:
+        head: Name of the head.
+        objective: Returns the objective that reads the head, for a model and its items.
+        rows: Yields a row of predictions for each record, from a model, its items and the outputs of all of them.
+    """
+
+    head: str
+    objective: Callable[[EvaluatedModel, Records], Objective]
+    rows: Callable[[EvaluatedModel, Records, Iterator[HeadOutput]], Iterator[dict[str, Any]]]
+
+    def batches(
+        self, evaluated: EvaluatedModel, items: Records, progress: Progress, max_tokens: int = MAX_BATCH_TOKENS
+    ) -> Iterator[list[HeadOutput]]:
+        """Yield the outputs of all items in order, those of a forward pass together (`head_batches`)."""
+        objective = self.objective(evaluated, items)
+        source = _all_examples(items, progress)
+        return head_batches(evaluated.model, objective, self.head, source, evaluated.vocab, max_tokens)
+
+    def outputs(self, evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[HeadOutput]:
+        """Yield the outputs of all items in order."""
+        return chain.from_iterable(self.batches(evaluated, items, progress))
+
+    def predict(self, evaluated: EvaluatedModel, items: Records, progress: Progress) -> Iterator[dict[str, Any]]:
+        """Yield a row of predictions for each record."""
+        outputs = self.outputs(evaluated, items, progress)
+        yield from self.rows(evaluated, items, outputs)
+        next(outputs, None)  # exhaust the generator, which restores the mode of the model
+
+
+def _all_examples(items: Source, progress: Progress) -> Iterator[Example]:
+    for i in range(len(items)):
+        yield items[i]
+        progress((i + 1) / len(items))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from firth import kernel_choice
-from firth.generate.native_linear import DTYPE_CODES, FEW_ROWS, INT8, LONG, POINTER, LinearMap
+from firth.generate.native_kernels import DTYPE_CODES, FEW_ROWS, INT8, LONG, POINTER, LinearMap
 from firth.generate.quantized import Int8Linear, Int8LMHead
 from firth.model import native
 from firth.model.block import Attention, Block, LayerNorm, Linear, RMSNorm
@@ -130,7 +130,8 @@ class NativeDecoder:
         self.layers = (_Layer * self.stack.depth)()
         for i, block in enumerate(self.stack.layers()):
             self._fill_layer(self.layers[i], block)
-        self.head_is_linear = self._is_linear(head)
+        inner = head.head if type(head) is Int8LMHead else head
+        self.head_is_linear = inner.dense is None and inner.scale == 1
         """Whether the LM head is a single linear layer, which the compiled step then includes."""
         tiles = FEW_ROWS.choice() == "tiles" and bool(self.library.has_tiles())
         first = self.stack.layers()[0]
@@ -298,10 +299,6 @@ class NativeDecoder:
         for name in ("q", "k", "v", "o"):
             setattr(to, name, self._map(getattr(module, name)))
         to.q_gain, to.k_gain = self._pointer(module.q_gain), self._pointer(module.k_gain)
-
-    def _is_linear(self, head: Any) -> bool:
-        inner = head.head if type(head) is Int8LMHead else head
-        return inner.dense is None and inner.scale == 1
 
 
 def _need(condition: bool, reason: str) -> None:

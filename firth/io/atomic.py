@@ -1,4 +1,4 @@
-"""Atomic writes: files and directories appear under their names only when they are complete.
+"""Atomic writes: files and directories appear under their names only when they are complete. And where the cache is.
 
     with new_file(Path("out.csv")) as partial:      # a path to write; renamed to out.csv at the end
     with new_directory(Path("model")) as partial:   # likewise, a directory
@@ -184,3 +184,8 @@ def check_regular_file(path: Path) -> None:
             return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is a pipe or a device, not a file: copy its output into a file first")
+
+
+def cache_directory() -> Path:
+    """Return the cache directory: $FIRTH_CACHE, else ~/.cache/firth. It may not exist yet."""
+    return Path(os.environ.get("FIRTH_CACHE") or Path.home() / ".cache" / "firth")

@@ -22,7 +22,7 @@ so a right-padded causal batch is still simply causal.
     no mask                          every query attends to every key
     is_causal                        query i attends to keys 0..i: no mask, half of the work
     mask (B, 1, 1, S)                the same keys for all queries of a row: padding
-    block_mask, texts                FlexAttention, or variable-length attention: long rows on CUDA (`firth.model.block_mask`)
+    block_mask, texts                FlexAttention, or variable-length attention: long rows on CUDA (`firth.model.attention_kernels`)
     mask (B, 1, T, S)                the rule itself; `lower_triangular` if no key after i is visible (packed causal rows)
 
 >>> import torch
@@ -42,9 +42,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 from firth import kernel_choice
-from firth.model import blocked_attention, native
-from firth.model.block_mask import PackedTexts, attend_packed, block_mask, packed_texts, varlen_runs
-from firth.types import ALL_DOCUMENTS, NEVER, Batch, host_copy
+from firth.model import attention_kernels, native
+from firth.model.attention_kernels import PackedTexts, attend_packed, block_mask, packed_texts, varlen_runs
+from firth.types import ALL_DOCUMENTS, NEVER, Batch, host_copy, on_both
 
 FIELDS = ("tokens", "positions", "token_type_ids", "query_time", "key_time", "key_expiry", "document_ids")
 
@@ -59,7 +59,7 @@ def prefixed_fields(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -
         ahead: Number of trained positions before the text, which are added to the positions.
     """
     tokens = batch[prefix + "tokens"]
-    fields = {name: batch[prefix + name].flatten(0, -2) if tokens.dim() > 2 else batch[prefix + name]
+    fields = {name: on_both(lambda x: x.flatten(0, -2), batch[prefix + name]) if tokens.dim() > 2 else batch[prefix + name]
               for name in FIELDS if prefix + name in batch}  # fmt: skip
     if "positions" in fields:
         fields["positions"] = fields["positions"] + ahead if ahead else fields["positions"]
@@ -237,7 +237,7 @@ class AttentionKernel:
     """An implementation of attention for training on a CPU.
 
     Args:
-        rows: Query rows of a block of `firth.model.blocked_attention`; 0: torch's flash kernel.
+        rows: Query rows of a block of `firth.model.attention_kernels`; 0: torch's flash kernel.
         compiled: Whether the operations between its products are compiled (`firth.model.native`).
     """
 
@@ -264,7 +264,7 @@ def _workload(length: int, dtype: torch.dtype, kernel: AttentionKernel) -> kerne
 
     def work() -> None:
         if kernel.rows:
-            out = blocked_attention.attend(
+            out = attention_kernels.attend(
                 q, k, v, 0.125, True, False, None, None, rows=kernel.rows, compiled=kernel.compiled
             )
         else:
@@ -310,7 +310,7 @@ def _kernel(q: Tensor, k: Tensor) -> AttentionKernel:
     training = torch.is_grad_enabled() and q.requires_grad
     return (
         chosen
-        if training and blocked_attention.kept_bytes(q, k) <= blocked_attention.MAX_KEPT_BYTES
+        if training and attention_kernels.kept_bytes(q, k) <= attention_kernels.MAX_KEPT_BYTES
         else KERNELS["sdpa"]
     )
 
@@ -344,7 +344,7 @@ def attend(
     if kernel.rows:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = blocked_attention.attend(
+        out = attention_kernels.attend(
             q,
             k,
             v,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from firth.model import native
 from firth.model.attention import AttentionMask, attend
 from firth.model.config import ModelConfig
+from firth.model.config_groups import GATED
 from firth.model.fused import (
     ACTIVATION,
     Dropout,
@@ -36,7 +37,6 @@ from firth.model.fused import (
     unit_rms,
 )
 from firth.model.kv_cache import KVCache
-from firth.model.parameter_count import GATED
 from firth.model.positions import DistanceIndex, RelativeDistance
 from firth.model.variants import LinformerSlots
 

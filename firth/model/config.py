@@ -27,8 +27,8 @@ The published families are configurations, not classes (`norm=rms` sets `norm.ty
                 tie_embeddings off
     word2vec    num_layers=0
 
->>> decoder_config(vocab_size=8192, hidden_size=384, num_layers=6).num_parameters()
-16908288
+>>> decoder_config(vocab_size=8192, hidden_size=384, num_layers=6).intermediate_size
+1536
 >>> ModelConfig(vocab_size=100, hidden_size=30, num_layers=1, num_heads=4)
 Traceback (most recent call last):
     ...
@@ -39,22 +39,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from annotated_types import Interval
+from typing import Any, Literal
 
 from firth.fields import (
-    NonNegativeFloat,
-    OptionalTokenCount,
-    PositiveFloat,
-    PositiveInt,
     ShareBelowOne,
     TokenCount,
     Validated,
 )
-from firth.model import nested_config
-from firth.model.config_checks import check_combinations, check_head_dim
-from firth.model.parameter_count import GATED, num_parameters
+from firth.model.config_groups import (
+    GATED,
+    SINUSOIDAL_POSITIONS,
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    Heads,
+    InitConfig,
+    Layers,
+    LMHeadConfig,
+    NormConfig,
+    OptionalHeads,
+    OptionalWidth,
+    PositionConfig,
+    RNNConfig,
+    RopeConfig,
+    TokenIds,
+    Width,
+    flat_fields,
+    nested_from_dict,
+    with_fields,
+)
+from firth.types import UserError
 
 AttentionPattern = Literal[
     "any", "causal", "bidirectional", "permuted", "prefix", "seq2seq", "bidirectional_separate", "none", "latent"
@@ -71,210 +85,6 @@ AttentionPattern = Literal[
     none                    each token on its own
     latent                  an encoder reads the source, a decoder reproduces it from a latent vector alone (VAE)
 """
-
-
-Width = Annotated[int, Interval(ge=1, le=1 << 20)]
-OptionalWidth = Annotated[int, Interval(ge=0, le=1 << 20)]
-Heads = Annotated[int, Interval(ge=1, le=1 << 16)]
-OptionalHeads = Annotated[int, Interval(ge=0, le=1 << 16)]
-Layers = Annotated[int, Interval(ge=0, le=10_000)]
-Types = Annotated[int, Interval(ge=0, le=1 << 16)]
-TokenIds = Annotated[int, Interval(ge=1, lt=1 << 31)]
-"""Ranges of model sizes. The upper bounds are fifty times those of any published model: a larger number is a typing error."""
-
-
-@dataclass(frozen=True)
-class NormConfig(Validated, section="model.norm"):
-    """Configuration of the norms.
-
-    Args:
-        type: "layer" (Ba 2016) or "rms" (Zhang and Sennrich 2019).
-        placement: "pre": x + f(norm(x)) (GPT-2); "post": norm(x + f(x)) (BERT).
-        weight: Whether norms have a learned gain.
-        bias: Whether layer norms have a learned offset.
-        eps: Added to the variance, above 0 and below 1.
-        embedding: Whether the embeddings are normalized.
-        first_attention: Whether the first block has a norm before attention (ModernBERT: False).
-    """
-
-    type: Literal["layer", "rms"] = "layer"
-    placement: Literal["pre", "post"] = "pre"
-    weight: bool = True
-    bias: bool = True
-    eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-5
-    embedding: bool = False
-    first_attention: bool = True
-
-
-@dataclass(frozen=True)
-class RopeConfig(Validated, section="model.position.rope"):
-    """Configuration of rotary positions (Su 2021).
-
-    Args:
-        theta: Base of the wavelengths, above 0.
-        sign: Direction of rotation: 1, or -1 (NanoChat).
-        scaling: Context extension: "none", "linear" (all wavelengths, Chen 2023) or "llama3" (long ones only).
-        factor: Factor on the scaled wavelengths, above 0.
-        low_freq_factor: "llama3": wavelengths that fit fewer times into the original context are scaled in full.
-        high_freq_factor: "llama3": wavelengths that fit more times into it are not scaled; in between, in part.
-        original_max_positions: "llama3": the original context, in tokens, from 1.
-    """
-
-    theta: PositiveFloat = 10000.0
-    sign: Annotated[int, Interval(ge=-1, le=1)] = 1
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    factor: PositiveFloat = 1.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_positions: PositiveInt = 8192
-
-
-@dataclass(frozen=True)
-class PositionConfig(Validated, section="model.position"):
-    """Configuration of the position encoding.
-
-    Args:
-        type: "learned", "sinusoidal" (sines and cosines interleaved, Vaswani 2017), "marian" (all sines, then all
-            cosines), "rotary" (Su 2021), "t5" (bucketed bias, Raffel 2020), "mpnet" ("learned" and "t5"), "xlnet"
-            (relative, `firth.model.positions`; token types are then relative too) or "none".
-        rope: Settings of "rotary".
-        relative_buckets: Number of distance buckets of "t5" and "mpnet", 2 to 65,536 (Raffel 2020, section 2.1).
-        relative_max_distance: Distance in tokens from which on all share the last bucket, from 1.
-    """
-
-    type: Literal["learned", "sinusoidal", "marian", "rotary", "t5", "mpnet", "xlnet", "none"] = "learned"
-    rope: RopeConfig = RopeConfig()
-    relative_buckets: Annotated[int, Interval(ge=2, le=65536)] = 32
-    relative_max_distance: TokenCount = 128
-
-
-@dataclass(frozen=True)
-class LinformerConfig(Validated, section="model.attention.linformer"):
-    """Configuration of the Linformer's projections of keys and values, for encoders (Wang 2020).
-
-    Args:
-        k: Slots that keys and values of a row are projected to; 0: full attention.
-        sharing: Projections: "headwise" (keys and values separate), "key-value" (the same for both, one for each
-            layer) or "layerwise" (one for all layers) (Wang 2020, section 4).
-    """
-
-    k: OptionalTokenCount = 0
-    sharing: Literal["headwise", "key-value", "layerwise"] = "layerwise"
-
-
-@dataclass(frozen=True)
-class AttentionConfig(Validated, section="model.attention"):
-    """Configuration of attention, beyond its heads.
-
-    Args:
-        scale_scores: Whether scores are divided by sqrt(head_dim) (T5: False).
-        qk_norm: Whether queries and keys are scaled to unit RMS.
-        qk_norm_weight: Whether `qk_norm` has a gain (head_dim,) (Qwen3).
-        prefix_lm: Whether prompts are bidirectional and only outputs causal (Raffel 2020, section 3.2.1). Set by the run.
-        memory_length: Tokens before a row whose states are attended to; 0: none. "xlnet" positions only (Dai 2019).
-        linformer: Projection of keys and values to fewer slots.
-    """
-
-    scale_scores: bool = True
-    qk_norm: bool = False
-    qk_norm_weight: bool = False
-    prefix_lm: bool = False
-    memory_length: OptionalTokenCount = 0
-    linformer: LinformerConfig = LinformerConfig()
-
-
-@dataclass(frozen=True)
-class CharacterConfig(Validated, section="model.embedding.characters"):
-    """Configuration of the character CNN in place of a token table (Kim 2016, `firth.model.variants`).
-
-    Args:
-        max_length: Bytes of each token that the CNN reads, from 7; 0: a token table.
-        num_filters: Number of filters, a multiple of 64.
-    """
-
-    max_length: Types = 0
-    num_filters: Width = 512
-
-
-@dataclass(frozen=True)
-class EmbeddingConfig(Validated, section="model.embedding"):
-    """Configuration of the embeddings. "Tables" are the token, position and token type embeddings.
-
-    Args:
-        size: Width of the tables, then projected to `hidden_size`; 0: hidden_size (Lan 2020, section 3.1).
-        scale: Factor on token vectors, not on a tied head (Vaswani 2017, section 3.4: hidden_size ** 0.5).
-        type_vocab_size: Number of token types (segments), 0 to 2**16; 0: no such embedding.
-        mask: Whether positions without a key have a learned vector in place of their token's (XLNet's w).
-        characters: The character CNN.
-    """
-
-    size: OptionalWidth = 0
-    scale: PositiveFloat = 1.0
-    type_vocab_size: Types = 0
-    mask: bool = False
-    characters: CharacterConfig = CharacterConfig()
-
-
-@dataclass(frozen=True)
-class EncoderConfig(Validated, section="model.encoder"):
-    """Configuration of an encoder that a decoder attends to; an encoder-only model (BERT) has none.
-
-    Args:
-        num_layers: Number of blocks; above 0 every decoder block has cross-attention.
-        decoder_start_token: Token that starts the decoder's output: "pad" (T5) or "eos" (BART).
-        latent_size: Width of the Gaussian latent between encoder and decoder; 0: none (Kingma 2014, Bowman 2016).
-    """
-
-    num_layers: Layers = 0
-    decoder_start_token: Literal["pad", "eos"] = "pad"
-    latent_size: OptionalWidth = 0
-
-
-@dataclass(frozen=True)
-class LMHeadConfig(Validated, section="model.lm_head"):
-    """Configuration of the LM head.
-
-    Args:
-        type: "linear", or "transform": dense layer, activation and norm before the matrix (BERT's released code).
-        bias: Whether the head has a bias per token id.
-        scale: Factor on the states before the head, above 0 (T5 1.0: hidden_size ** -0.5).
-        softcap: c in c * tanh(logits / c), above 0; 0: no cap (Gemma 2).
-    """
-
-    type: Literal["linear", "transform"] = "linear"
-    bias: bool = False
-    scale: PositiveFloat = 1.0
-    softcap: NonNegativeFloat = 0.0
-
-
-@dataclass(frozen=True)
-class RNNConfig(Validated, section="model.rnn"):
-    """Configuration of recurrent layers in place of attention blocks.
-
-    Args:
-        type: "" for attention, or "rnn" (Elman 1990), "gru" (Cho 2014), "lstm" (Hochreiter 1997): causal, or two
-            directions of hidden_size / 2. Then `intermediate_size` is the cells of a direction, 0: as many as it outputs;
-            more than that only for an LSTM (projection, Sak 2014). Options of attention blocks are rejected.
-        separate_directions: Whether the two directions are separate stacks over embeddings of hidden_size / 2 (ELMo).
-        residual: Whether the input of each layer from the second on is added to its output.
-    """
-
-    type: Literal["", "rnn", "gru", "lstm"] = ""
-    separate_directions: bool = False
-    residual: bool = False
-
-
-@dataclass(frozen=True)
-class InitConfig(Validated, section="model.init"):
-    """Configuration of the initial weights.
-
-    Args:
-        std: Standard deviation of initial matrices, at least 0; 0: fan_in ** -0.5.
-        zero_output: Whether the output matrices of attention and MLP start at 0, so that a block starts as the identity.
-    """
-
-    std: NonNegativeFloat = 0.02
-    zero_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -309,7 +119,7 @@ class ModelConfig(Validated, section="model"):
         init: The initial weights.
 
     Raises:
-        UserError: A field is out of range, or fields do not fit each other (`firth.model.config_checks`).
+        UserError: A field is out of range, or fields do not fit each other (`check_combinations`).
     """
 
     vocab_size: TokenIds
@@ -429,12 +239,12 @@ class ModelConfig(Validated, section="model"):
             UserError: A field is unknown or invalid.
             TypeError: A required field is missing, or a group is not a dict.
         """
-        config: ModelConfig = nested_config.from_dict(cls, data)
+        config: ModelConfig = nested_from_dict(cls, data)
         return config
 
     def flat_fields(self) -> dict[str, Any]:
         """Return the dotted name -> value of every field, groups expanded: {"vocab_size": 8192, "norm.eps": 1e-5, ...}."""
-        return nested_config.flat_fields(self)
+        return flat_fields(self)
 
     def with_fields(self, values: Mapping[str, Any]) -> ModelConfig:
         """Return a copy with fields set by their dotted names.
@@ -442,12 +252,172 @@ class ModelConfig(Validated, section="model"):
         >>> decoder_config(100, 64, 1).with_fields({"norm.eps": 1e-5, "causal": False}).norm.eps
         1e-05
         """
-        config: ModelConfig = nested_config.with_fields(self, values)
+        config: ModelConfig = with_fields(self, values)
         return config
 
-    def num_parameters(self) -> int:
-        """Return the exact number of parameters with the LM head; a tied head counts once."""
-        return num_parameters(self)
+
+def check_head_dim(config: ModelConfig) -> None:
+    """Raise UserError for a hidden size that the heads do not divide."""
+    if not config.head_dim and config.hidden_size % config.num_heads:
+        raise UserError(
+            f"model.hidden_size={config.hidden_size} is not a multiple of model.num_heads={config.num_heads}: "
+            "change one of them, or set model.head_dim"
+        )
+
+
+def check_combinations(config: ModelConfig) -> None:
+    """Raise UserError for fields that do not fit each other."""
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(
+            f"model.num_heads={config.num_heads} is not a multiple of model.num_kv_heads={config.num_kv_heads}"
+        )
+    if config.position.type == "rotary" and config.head_dim % 2:
+        raise UserError(
+            f"model.position=rotary rotates pairs of numbers, and model.head_dim={config.head_dim} is odd: make it even"
+        )
+    if config.position.type in SINUSOIDAL_POSITIONS and config.embedding_dim % 2:
+        raise UserError(
+            f"model.position={config.position.type} makes pairs of numbers, and an embedding width of {config.embedding_dim} "
+            "is odd: make it even"
+        )
+    if config.embedding.size and config.tie_embeddings and config.lm_head.type == "linear":
+        raise UserError(
+            f"a linear head of width {config.hidden_size} cannot be tied to tables of "
+            f"model.embedding.size={config.embedding.size}: set model.lm_head=transform or model.tie_embeddings=false"
+        )
+    if config.num_layer_groups > min(config.num_layers, config.encoder.num_layers or config.num_layers):
+        raise UserError(
+            f"model.num_layer_groups={config.num_layer_groups} is more than the number of layers: "
+            "make it at most model.num_layers"
+        )
+    if config.num_layer_groups and not config.norm.first_attention:
+        raise UserError(
+            "layers that share a block cannot differ in their first norm: "
+            "set model.norm.first_attention=true or model.num_layer_groups=0"
+        )
+    if config.position.type == "xlnet" and (
+        config.hidden_size % 2
+        or config.encoder.num_layers
+        or config.num_kv_heads != config.num_heads
+        or config.attention.qk_norm
+    ):
+        raise UserError(
+            f"model.position=xlnet needs an even model.hidden_size (it is {config.hidden_size}), "
+            f"model.encoder.num_layers=0 ({config.encoder.num_layers}), model.num_kv_heads equal to model.num_heads "
+            f"({config.num_kv_heads} of {config.num_heads}) and model.attention.qk_norm=false "
+            f"({str(config.attention.qk_norm).lower()})"
+        )
+    if config.attention.memory_length and config.position.type != "xlnet":
+        raise UserError(
+            f"model.attention.memory_length={config.attention.memory_length} needs positions that extend before a row, "
+            f"and model.position={config.position.type!r} does not: set model.position=xlnet, or "
+            "model.attention.memory_length=0"
+        )
+    if config.attention.linformer.k and (
+        config.rnn.type
+        or config.causal
+        or config.encoder.num_layers
+        or config.position.type in ("t5", "mpnet", "xlnet")
+        or config.attention.linformer.k > config.max_positions
+    ):
+        raise UserError(
+            f"model.attention.linformer.k={config.attention.linformer.k} mixes a whole row into at most "
+            f"model.max_positions={config.max_positions} slots: it needs model.causal=false, model.encoder.num_layers=0, "
+            "and a model.position other than t5, mpnet and xlnet"
+        )
+    if config.attention.prefix_lm and (
+        config.causal
+        or config.encoder.num_layers
+        or config.rnn.type
+        or config.attention.linformer.k
+        or not config.num_layers
+    ):
+        raise UserError(
+            "model.attention.prefix_lm reads a prompt in both directions and continues it in the same row: "
+            "set model.causal=false and leave out model.encoder.num_layers, model.rnn.type and model.attention.linformer.k"
+        )
+    if config.encoder.latent_size and not config.encoder.num_layers:
+        raise UserError(
+            f"model.encoder.latent_size={config.encoder.latent_size} needs an encoder and a decoder: "
+            "set model.encoder.num_layers"
+        )
+    if config.attention.qk_norm_weight and not config.attention.qk_norm:
+        raise UserError(
+            "model.attention.qk_norm_weight is the gain of model.attention.qk_norm: set model.attention.qk_norm=true, "
+            "or leave it out"
+        )
+    rope = config.position.rope
+    if rope.high_freq_factor <= rope.low_freq_factor:
+        raise UserError(
+            f"model.position.rope.high_freq_factor={rope.high_freq_factor} must be above "
+            f"model.position.rope.low_freq_factor={rope.low_freq_factor}"
+        )
+    if rope.sign not in (1, -1):
+        raise UserError(f"model.position.rope.sign={rope.sign} must be 1 or -1")
+    if config.rnn.type:
+        _check_recurrent(config)
+    elif config.rnn.separate_directions or config.rnn.residual:
+        raise UserError(
+            "model.rnn.separate_directions and model.rnn.residual are for recurrent layers: "
+            "set model.rnn.type, or leave them out"
+        )
+    if not config.num_layers and (config.encoder.num_layers or config.rnn.type):
+        raise UserError(
+            "model.num_layers=0 is a model of embeddings only: leave out model.encoder.num_layers and model.rnn.type too"
+        )
+    characters = config.embedding.characters
+    if characters.max_length and (
+        config.tie_embeddings or characters.max_length < 7 or characters.num_filters < 64 or characters.num_filters % 64
+    ):
+        raise UserError(
+            "a character CNN has no table to tie its head to, reads at least 7 bytes of each token, and has "
+            "64, 128, 192 ... filters: set model.tie_embeddings=false, model.embedding.characters.max_length=16 and "
+            "model.embedding.characters.num_filters=512"
+        )
+
+
+def _check_recurrent(config: ModelConfig) -> None:
+    """Raise UserError for options of attention blocks, which recurrent layers would ignore."""
+    unused = {
+        "encoder.num_layers": 0,
+        "embedding.size": 0,
+        "num_layer_groups": 0,
+        "norm.embedding": False,
+        "norm.first_attention": True,
+        "norm.placement": "post",
+        "attention.scale_scores": True,
+        "attention.qk_norm": False,
+        "attention.qk_norm_weight": False,
+        "init.zero_output": False,
+        "bias": True,
+        "bias_location": "all",
+        "num_kv_heads": config.num_heads,
+        "head_dim": config.hidden_size // config.num_heads,
+    }
+    given = config.flat_fields()
+    for name, value in unused.items():
+        if given[name] != value:
+            raise UserError(
+                f"model.{name}={given[name]} has no effect on recurrent layers: set it to {value}, "
+                "or start from the recipe lstm"
+            )
+    if config.position.type in ("rotary", "t5"):
+        raise UserError(f"model.position={config.position.type} is for attention: set model.position=none (or learned)")
+    if config.causal and config.rnn.separate_directions:
+        raise UserError(
+            "model.rnn.separate_directions needs two directions, and model.causal=true has one: set model.causal=false"
+        )
+    if config.hidden_size % 2 and not config.causal:
+        raise UserError(
+            f"two directions have half of the width each, and model.hidden_size={config.hidden_size} is odd: make it even"
+        )
+    if config.intermediate_size < config.direction_size or (
+        config.intermediate_size > config.direction_size and config.rnn.type != "lstm"
+    ):
+        raise UserError(
+            f"model.intermediate_size={config.intermediate_size} cells do not give the {config.direction_size} outputs "
+            "of a direction, and only an LSTM projects more cells to fewer: leave model.intermediate_size out"
+        )
 
 
 def decoder_config(

@@ -1,4 +1,4 @@
-"""Exact FLOPs of a training step: the multiplications and additions of its matrix products.
+"""Exact FLOPs of a training step, the multiplications and additions of its matrix products; and the exact parameter count of a config.
 
 Forward, a linear map of m to n numbers costs 2 m n per position; scores and weighted values cost 4 * head_dim * num_heads
 per visible (query, key) pair (a dense kernel computes masked pairs too; they are not counted); the LM head costs
@@ -14,18 +14,29 @@ for other maps.
 >>> config = decoder_config(vocab_size=8192, hidden_size=384, num_layers=6)
 >>> f"{stack_flops(config, Work(positions=4096, pairs=4096 * 128)) + head_flops(config, 4096):.3g}"
 '3.53e+11'
+>>> num_parameters(config)
+16908288
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import LATENT_VECTORS, recurrent_products
+from firth.model.config_groups import (
+    BIAS_POSITIONS,
+    CHARACTER_DIM,
+    FILTER_SHARES,
+    LATENT_VECTORS,
+    LEARNED_POSITIONS,
+    NUM_CHARACTERS,
+    NUM_GATES,
+)
 from firth.types import IGNORE, NEVER, Batch
 
 
@@ -248,3 +259,68 @@ def _pairs(query_time: Tensor, key_time: Tensor, key_document: Tensor, real: Ten
     start = document * (NEVER + 1)
     seen = torch.searchsorted(keys, start + query_time, right=True) - torch.searchsorted(keys, start)
     return int((seen * real).sum())
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the exact number of parameters with the LM head; a tied head counts once."""
+    table, norm_vectors = config.embedding_dim, config.norm.weight + (config.norm.bias and config.norm.type == "layer")
+    norm = norm_vectors * config.hidden_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    offsets = (queries + 2 * keys + config.hidden_size * (config.bias_location != "qkv")) * config.bias
+    attention = (
+        config.hidden_size * (2 * queries + 2 * keys) + offsets + 2 * config.head_dim * config.attention.qk_norm_weight
+    )
+    if config.position.type == "xlnet":
+        attention += config.hidden_size * queries + 2 * queries + 3 * queries * (config.embedding.type_vocab_size > 0)
+        attention -= offsets
+    inner = config.intermediate_size * (2 if config.gated else 1)
+    mlp = config.hidden_size * (inner + config.intermediate_size) + (inner + config.hidden_size) * (
+        config.bias and config.bias_location == "all"
+    )
+    block = attention + mlp + 2 * norm
+    depths = [config.num_layers] + ([config.encoder.num_layers] if config.encoder.num_layers else [])
+    total = character_cnn_parameters(config) if config.embedding.characters.max_length else config.vocab_size * table
+    if config.rnn.type:
+        total += recurrent_products(config) + 2 * config.num_layers * (2 - config.causal) * gate_rows(config)
+    for depth in () if config.rnn.type else depths:
+        total += (config.num_layer_groups or depth) * block
+        total += (
+            norm * ((config.norm.placement == "pre") - (not config.norm.first_attention))
+            + norm_vectors * table * config.norm.embedding
+        )
+        total += config.hidden_size * (table + config.bias) * (config.embedding.size > 0)
+        total += config.num_heads * config.position.relative_buckets * (config.position.type in BIAS_POSITIONS)
+    total += (config.num_layer_groups or config.num_layers) * (attention + norm) * (config.encoder.num_layers > 0)
+    total += table * (
+        config.max_positions * (config.position.type in LEARNED_POSITIONS) * len(depths) + config.embedding.mask
+    )
+    total += table * config.embedding.type_vocab_size * (config.position.type != "xlnet")
+    total += math.prod(config.linformer_projections) * config.max_positions * config.attention.linformer.k
+    if config.encoder.latent_size:
+        latent = config.encoder.latent_size
+        total += 2 * latent * (config.hidden_size + 1) + LATENT_VECTORS * config.hidden_size * (latent + 1)
+    transform = config.lm_head.type == "transform"
+    width = table if config.rnn.separate_directions else config.hidden_size
+    total += config.vocab_size * (config.lm_head.bias + (table if transform else width) * (not config.tie_embeddings))
+    return total + (width + config.bias + norm_vectors) * table * transform
+
+
+def gate_rows(config: ModelConfig) -> int:
+    """Return the rows of a recurrent layer's matrices: its cells times the linear maps in each."""
+    return NUM_GATES[config.rnn.type] * config.intermediate_size
+
+
+def recurrent_products(config: ModelConfig) -> int:
+    """Return the matrix weights of all recurrent layers, which is also their multiplications per token."""
+    layer = gate_rows(config) * (
+        config.embedding_dim + config.direction_size
+    ) + config.direction_size * config.intermediate_size * (config.intermediate_size > config.direction_size)
+    return config.num_layers * (2 - config.causal) * layer
+
+
+def character_cnn_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of the character CNN (`firth.model.variants`)."""
+    filters = config.embedding.characters.num_filters
+    convolved = sum((size * CHARACTER_DIM + 1) * filters * share // 64 for size, share in FILTER_SHARES)
+    highways = 2 * 2 * (filters + 1) * filters
+    return NUM_CHARACTERS * CHARACTER_DIM + convolved + highways + (filters + 1) * config.embedding_dim

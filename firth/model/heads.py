@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from firth.model.block import ACTIVATIONS, LayerNorm, RMSNorm, make_norm
 from firth.model.config import ModelConfig
+from firth.model.config_groups import GATED
 from firth.model.cross_entropy import ABSENT, LogProbs, SumNLL
 from firth.model.fused import project
 from firth.model.model import LM, Critic, TiedSubmodel
-from firth.model.parameter_count import GATED
 from firth.model.prefix import PrefixEncoder, PromptEmbedding
 from firth.model.variants import ScalarMix
 from firth.types import UserError

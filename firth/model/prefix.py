@@ -10,7 +10,7 @@ text in an encoder.
 
 Tensors and files are those of peft: in an encoder-decoder the prefix is the decoder's and the prompt the encoder's. Li and
 Liang train a prefix through an MLP (section 4.3), which `PrefixEncoder.without_mlp` merges; with `hidden` 0 there is none.
-Initial values are in `firth.peft.prefix_init`.
+Initial values are in `firth.runs.peft_options`.
 
 >>> prefix = PrefixEncoder(tokens=3, layers=2, kv_heads=2, head_width=4)
 >>> [tuple(x.shape) for x in prefix.row_memory().pairs[0]]

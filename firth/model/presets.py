@@ -17,19 +17,20 @@
     bart-base, bart-large   139 M, 406 M      Lewis 2019, section 2.1 (base) and 5 (large)
     llama-7b                6.7 B             Touvron 2023, table 2
 
->>> f"{PRESETS['gpt2-xl'].num_parameters():,}"
+>>> from firth.model.flops import num_parameters
+>>> f"{num_parameters(PRESETS['gpt2-xl']):,}"
 '1,557,611,200'
 """
 
 from __future__ import annotations
 
-from firth.model.config import (
+from firth.model.config import ModelConfig
+from firth.model.config_groups import (
     AttentionConfig,
     EmbeddingConfig,
     EncoderConfig,
     InitConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
 )

@@ -27,7 +27,7 @@ The decoder gets nothing else of the source. Bowman's z is the initial state of 
 cross-attends to the vectors of the latent instead (the "memory" of OPTIMUS, Li 2020).
 
 >>> import torch
->>> from firth.model.config import EncoderConfig
+>>> from firth.model.config_groups import EncoderConfig
 >>> encoder = EncoderConfig(num_layers=1, latent_size=3)
 >>> latent = Latent(ModelConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, encoder=encoder))
 >>> mean, log_variance = latent.read(torch.ones(2, 5, 8), torch.zeros(2, 5))
@@ -40,7 +40,8 @@ Kim 2016 (arXiv:1508.06615) as in ELMo (Peters 2018, section 3.4): each byte of 
 of 1 to 7 bytes are applied and max-pooled; two highway layers (Srivastava 2015) and a linear map follow. Words with a
 common ending have similar embeddings even before training.
 
->>> from firth.model.config import CharacterConfig, EmbeddingConfig, ModelConfig
+>>> from firth.model.config import ModelConfig
+>>> from firth.model.config_groups import CharacterConfig, EmbeddingConfig
 >>> sizes = dict(vocab_size=2, hidden_size=8, num_layers=1, num_heads=1)
 >>> tables = EmbeddingConfig(characters=CharacterConfig(max_length=7, num_filters=64))
 >>> embedding = CharacterCNN(ModelConfig(**sizes, embedding=tables, tie_embeddings=False))
@@ -73,7 +74,7 @@ from torch import Tensor, nn
 
 from firth.model.attention import AttentionMask
 from firth.model.config import ModelConfig
-from firth.model.parameter_count import CHARACTER_DIM, FILTER_SHARES, LATENT_VECTORS, NUM_CHARACTERS
+from firth.model.config_groups import CHARACTER_DIM, FILTER_SHARES, LATENT_VECTORS, NUM_CHARACTERS
 from firth.types import NEVER, UserError
 
 

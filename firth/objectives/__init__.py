@@ -25,7 +25,7 @@ OBJECTIVES = {
     "denoising": "firth.objectives.seq2seq:Denoising",
     "word2vec": "firth.objectives.word2vec:Word2Vec",
     "bilm": "firth.objectives.causal_lm:BiLM",
-    "layer_mixture": "firth.objectives.layer_mixture:LayerMixture",
+    "layer_mixture": "firth.objectives.token_tasks:LayerMixture",
     "token_classification": "firth.objectives.token_tasks:TokenClassification",
     "classification": "firth.objectives.classification:Classification",
     "regression": "firth.objectives.classification:Regression",

@@ -13,6 +13,14 @@ Extractive question answering: predict the first and last token of the answer in
 Start and end are each a softmax over the tokens of the row; the loss is the mean of the two. A passage without the answer
 (SQuAD 2.0, or a window of a long one) has both at [CLS], or at the last token for a decoder. The softmax is over the tokens
 of one document, so rows may be packed.
+
+A layer mixture gives a task head a weighted sum of all layers, frozen or not, as ELMo is used (Peters 2018, section 3.2).
+
+`LayerMixture() + TokenClassification()` tags from the frozen states of a pretrained model: the task learns its head, one
+weight for each layer and a scale, and the model stays unchanged. Lower layers represent more syntax, upper ones more meaning.
+
+>>> (LayerMixture() + TokenClassification()).labels
+{'tags': 'tags'}
 """
 
 from __future__ import annotations
@@ -29,8 +37,17 @@ from torch import Tensor, nn
 from firth.data import attention_fields
 from firth.model.config import AttentionPattern, ModelConfig
 from firth.model.model import LM
+from firth.model.variants import ScalarMix
 from firth.objectives.classification import READOUTS, classification_head, readout_of
-from firth.objectives.objective import Objective, choice_loss, forward_flops, hidden_states, num_correct, supervised
+from firth.objectives.objective import (
+    Objective,
+    cannot_train,
+    choice_loss,
+    forward_flops,
+    hidden_states,
+    num_correct,
+    supervised,
+)
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Batch, Constraints, DataStats, Example, Metric, Outputs
 
@@ -195,3 +212,31 @@ def text_ids(batch: Batch) -> Tensor:
     number = row if document is None else row * (int(document.max()) + 1) + document
     key_time = batch.get("key_time")
     return (number if key_time is None else number.masked_fill(key_time == NEVER, -1)).flatten()
+
+
+@dataclass(frozen=True)
+class LayerMixture(Objective):
+    """Give the objective that it is added to a mixture of all layers as hidden state: h = gamma * sum of s_l h_l, s a softmax.
+
+    It predicts nothing itself and has no loss: `firth.objectives.objective.hidden_states` uses its head.
+
+    Args:
+        frozen: Run the model without gradient and without dropout, so that it stays unchanged.
+    """
+
+    frozen: bool = True
+
+    def configure(self, stats: Callable[[], DataStats], config: ModelConfig) -> Objective:
+        if config.encoder.latent_size:
+            raise cannot_train(
+                self, "the decoder of a latent has no mixture of layers: set model.encoder.latent_size=0"
+            )
+        return self
+
+    inputs = frozenset()
+
+    def heads(self, config: ModelConfig) -> dict[str, nn.Module]:
+        return {"mixture": ScalarMix(config.num_layers + 1, self.frozen)}
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {}

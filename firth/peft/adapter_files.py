@@ -40,8 +40,7 @@ from firth.model.heads import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.model.prefix import PREFIX_HEADS, PrefixEncoder, PromptEmbedding, check_prefix_supported
 from firth.peft import lora
-from firth.peft.adapter_heads import TASKS, add_task_head
-from firth.peft.adapter_names import AdapterNames, modules
+from firth.peft.adapter_names import TASKS, AdapterNames, add_task_head, modules
 from firth.peft.lora import LoraConfig, LoraLayer
 from firth.pretrained.load_save import load_model
 from firth.types import UserError
@@ -93,7 +92,7 @@ def load(directory: Path) -> LM:
     """Load the base of an adapter with the adapter: LoRA is merged, a prefix or a prompt becomes one of its heads.
 
     If the base lacks the head that the adapter was trained with, the head is added and the base's other heads are removed
-    (`firth.peft.adapter_heads`). Heads that the training run did not have are removed too: an LM head tied to the
+    (`firth.peft.adapter_names`). Heads that the training run did not have are removed too: an LM head tied to the
     embedding table would rule out merging an adapter of that table.
     """
     base = base_of(directory)

@@ -21,8 +21,8 @@ import numpy as np
 
 from firth.corpora.readers import records
 from firth.data.conversations import comparison
-from firth.evaluate.prompting.endpoint import PREFIX
 from firth.evaluate.prompting.requests import GenerateRequest, ScoreRequest, sample_seed
+from firth.evaluate.prompting.responders import PREFIX
 from firth.fields import NonNegativeFloat, NonNegativeInt, TokenCount
 from firth.pipelines.stage import Asker, Stage, Summary, Weights, read_prompts, write_records
 from firth.tokenizer.chat import Message

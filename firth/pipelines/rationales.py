@@ -16,14 +16,14 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from annotated_types import Interval
 
-from firth.evaluate.prompting.answers import INVALID, FilterChain, apply_filters
+from firth.evaluate.prompting.metrics import INVALID, FilterChain, apply_filters
 from firth.evaluate.prompting.prompt_task import PromptConfig, PromptTask
 from firth.evaluate.prompting.prompts import Item, render
 from firth.evaluate.prompting.requests import ReplyCache
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
 from firth.fields import NonNegativeInt, PositiveFloat, Share, TokenCount
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory
 from firth.pipelines.stage import Stage, Summary, Weights, open_responder, write_records
 from firth.types import LOGGER, UserError
 
@@ -153,7 +153,7 @@ class SampleRationales(Stage):
     def _sample(self, task: PromptTask, items: Sequence[Item]) -> list[Sampled]:
         """Return the samples of some questions."""
         responder = open_responder(self.model, self.weights)
-        replies = ReplyCache(cache() / "replies", responder.digest)
+        replies = ReplyCache(cache_directory() / "replies", responder.digest)
         config = PromptConfig(
             shots=None if self.shots < 0 else self.shots, chat=self.chat, votes=self.num_samples,
             temperature=self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens,

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Literal, cast
 
 from firth.corpora.readers import files, records
 from firth.data.conversations import prompt_of
-from firth.evaluate.prompting.endpoint import PREFIX, Endpoint
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.prompts import without_lone_surrogates
 from firth.evaluate.prompting.requests import (
     GenerateReply,
@@ -26,11 +24,11 @@ from firth.evaluate.prompting.requests import (
     ScoreReply,
     ScoreRequest,
 )
+from firth.evaluate.prompting.responders import PREFIX, Endpoint, LocalModel
 from firth.evaluate.prompting.runner import ask_model
 from firth.fields import Validated
 from firth.io import user_code
-from firth.io.atomic import write_text
-from firth.io.cache import cache
+from firth.io.atomic import cache_directory, write_text
 from firth.runs.loaded_model import fast_weights
 from firth.types import LOGGER, UserError
 
@@ -169,7 +167,7 @@ class Asker:
 
     def __init__(self, model: str, weights: Weights = "", scored: bool = False) -> None:
         self.responder = open_responder(model, weights, scored)
-        self._replies = ReplyCache(cache() / "replies", self.responder.digest)
+        self._replies = ReplyCache(cache_directory() / "replies", self.responder.digest)
 
     def write(self, requests: Sequence[GenerateRequest], locations: Sequence[str]) -> list[GenerateReply]:
         """Return the texts that the model writes, in order; see `_replies_to`."""

@@ -39,6 +39,7 @@ from firth.io.safetensors import (
 )
 from firth.io.sharded import checkpoint_tensors, is_checkpoint
 from firth.model.config import ModelConfig
+from firth.model.flops import num_parameters
 from firth.model.heads import describe_head, rebuild_head
 from firth.model.init import init_empty_weights
 from firth.model.model import LM
@@ -460,7 +461,7 @@ def check_config(
     try:
         config = make()
         table = 0 if config.embedding.characters.max_length else config.vocab_size * config.embedding_dim
-        needed = replace(config, vocab_size=1).num_parameters() + table
+        needed = num_parameters(replace(config, vocab_size=1)) + table
     except KeyError as missing:
         raise UserError(f"{file} lacks the field {missing}") from None
     except UserError as fault:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.windows import WindowsConfig
 from firth.model import presets
 from firth.model.config import (

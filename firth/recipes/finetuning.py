@@ -46,10 +46,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from firth.align.precompute import PseudoLabeledConfig
-from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.dialogues import Seq2SeqConfig
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.objectives.classification import Classification, MultipleChoice, Regression
 from firth.objectives.semi_supervised import MultiAnnotator, PseudoLabels, WeightPenalty
 from firth.objectives.sft import Seq2SeqSFT
@@ -160,7 +160,7 @@ def glue(size: str = "sst2") -> Recipe:
 
     For MNLI data.validation_path is either of its two development sets, or both.
 
-    `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.glue`).
+    `firth evaluate runs/glue-cola runs/glue-sst2 --task glue` gives the score of several (`firth.evaluate.evaluate`).
     """
     plain = classification()
     tasks = {name: replace(plain, name=f"glue-{name}", examples=examples) for name, examples in GLUE.items()}

@@ -24,8 +24,7 @@ from dataclasses import replace
 
 from firth.align.precompute import RefLogprobsConfig, UnpairedPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
-from firth.data.dialogues import DialoguesConfig, PreferencesConfig
-from firth.data.rankings import RankingsConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, RankingsConfig
 from firth.objectives.policy_gradient import GRPO, PPO, RLOO, Reinforce
 from firth.objectives.preferences import DPO, KTO, ORPO, SimPO
 from firth.objectives.reward_model import Ranking, RewardModeling

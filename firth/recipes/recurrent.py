@@ -13,23 +13,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import TaggedConfig
 from firth.data.windows import WindowsConfig, WordWindowsConfig
-from firth.model.config import (
+from firth.model.config import ModelConfig, recurrent_config, word_vector_config
+from firth.model.config_groups import (
     CharacterConfig,
     EmbeddingConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
     RNNConfig,
-    recurrent_config,
-    word_vector_config,
 )
 from firth.objectives.causal_lm import BiLM, CausalLM
-from firth.objectives.layer_mixture import LayerMixture
-from firth.objectives.token_tasks import TokenClassification
+from firth.objectives.token_tasks import LayerMixture, TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.common import (
     DATA,

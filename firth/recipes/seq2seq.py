@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from firth.data.config import DataConfig
 from firth.data.dialogues import Seq2SeqConfig
+from firth.data.examples import DataConfig
 from firth.data.windows import ChunksConfig
 from firth.model import presets
 from firth.model.config import (

@@ -383,7 +383,7 @@ def svg(figure: Figure, width: int = 704, height: int = 310, style: str = "wide"
     dodge = _DODGE_PX if len(set(xs)) < len(xs) else 0.0
     for i, (curve, line) in enumerate(zip(figure.curves, lines, strict=True)):
         if np.isfinite(line).any():
-            drawn = _smooth(line, curve)
+            drawn = np.stack([line[:, 0], average(line[:, 1], curve.smooth)], -1) if curve.smooth else line
             shift = dodge * (i - (len(lines) - 1) / 2) * bool(curve.intervals)
             at = replace(across, start=across.start + shift, end=across.end + shift)
             color = _style(i, curve)
@@ -408,10 +408,6 @@ def _open(figure: Figure, style: str, width: float, height: float) -> str:
 
 def _style(i: int, curve: Curve) -> str:
     return f"c{(i if curve.color < 0 else curve.color) % COLORS}"
-
-
-def _smooth(line: np.ndarray, curve: Curve) -> np.ndarray:
-    return np.stack([line[:, 0], average(line[:, 1], curve.smooth)], -1) if curve.smooth else line
 
 
 def _points(curve: Curve, line: np.ndarray, color: str, unit: str, across: _Axis, up: _Axis) -> list[str]:

@@ -6,7 +6,7 @@
     recipe.yaml     optional: the resolved recipe, shown in full; running it again repeats the run
     done.json       optional: "counts" are the read statistics, {"documents": 1000, "bad_utf8": 2}; "remarks" are sentences
                     about the end of the run; "exported_step" is the step of the exported model, the last or the best
-    held_out.json   optional: results of the exported model on held-out examples (`firth.report.held_out`)
+    held_out.json   optional: results of the exported model on held-out examples (`firth.report.sections`)
     samples.jsonl   optional: {"step": 40, "prompt": "ROMEO:", "text": "..."}; the first and last of a prompt are shown
     held_out_texts.jsonl  optional: answers to held-out prompts before and after training (`firth.align.held_out`)
 
@@ -30,16 +30,14 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from firth import __version__
 from firth.io.integrity import COPY_AGAIN, check_recipe, read_done, read_record, verify_files
 from firth.io.json_files import check_all, read_object
 from firth.io.json_files import read_rows as rows_of
 from firth.io.yaml_files import parse_yaml
 from firth.report.charts import Curve, Figure, Level, number
-from firth.report.held_out import held_out_section
-from firth.report.overoptimization import gao_fit, parting
 from firth.report.page import Command, Report, Section, StatCell, Table, TextSample
-from firth.types import UserError
+from firth.report.sections import gao_fit, held_out_section, parting
+from firth.types import VERSION, UserError
 
 Row = Mapping[str, Any]
 
@@ -161,7 +159,7 @@ def run_report(directory: Path) -> Report:
         sections=sections,
         commands=commands(directory, done.get("next_command")),
         facts={
-            "made with": f"firth {__version__}, torch {version('torch')}",
+            "made with": f"firth {VERSION}, torch {version('torch')}",
             "run": f"{rows[-1]['step']:,} steps, {_clock(rows[-1]['seconds'])} of training",
             "exported": f"the model of step {exported:,}",
         },

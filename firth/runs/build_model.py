@@ -1,4 +1,4 @@
-"""Build the model of a run: architecture, weights of the start model, adapters."""
+"""Build the model of a run: architecture, weights of the start model, adapters, label frequencies in the LM head."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from firth.data.collate import Batches
 from firth.generate import embeddings
-from firth.model.deferred_init import record_init
+from firth.model.init import init_head_from_frequencies, record_init
 from firth.model.model import LM, compile_blocks
+from firth.objectives.objective import Objective, supervised
 from firth.pretrained.load_save import add_prefix_heads, init_from, init_from_model
 from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
 from firth.runs.recipe import Recipe, ResolvedRecipe
 from firth.runs.start_model import model_directory
 from firth.training.device import default_device
-from firth.types import LogLine
+from firth.training.distributed import Parallel
+from firth.training.step import SINGLE, to
+from firth.types import IGNORE, LogLine
 
 if TYPE_CHECKING:
-    from firth.model.deferred_init import Recorded
+    from firth.model.init import Recorded
     from firth.training.distributed import Ranks
     from firth.training.sharding import Shards
 
@@ -98,3 +104,47 @@ def _shard(model: LM, data: RunData, ranks: Ranks, degree: int, record: Recorded
     from firth.training.sharding import Shards  # which takes half a second
 
     return Shards(model, ranks, degree, default_device(), data.precision, record)
+
+
+MAX_LABELS, MAX_STEPS = 500_000, 256
+"""Labels to count, and the most steps to read for them."""
+
+EXAMPLES = 64
+"""Most examples of the first step whose hidden states are computed: as many as one CPU pass holds."""
+
+LABELS = "labels"
+"""The batch field of token labels."""
+
+
+def init_head(model: LM, objective: Objective, batches: Batches, parallel: Parallel = SINGLE) -> int:
+    """Initialize the LM head so that an untrained model predicts the label frequencies of the first steps.
+
+    Labels of whole steps are counted, not only those of this rank or its first micro-batch, so the result is the same for any
+    number of ranks and of gradient accumulation steps. Every rank builds the same examples, which takes as long as on one rank.
+
+    Args:
+        model: The model, with random weights.
+        objective: The training objective.
+        batches: The batches of the run.
+        parallel: Runs the forward pass on the ranks.
+
+    Returns:
+        The number of labels counted; 0 if nothing was initialized, because the objective has no token labels or the head has
+        no place for an offset (`firth.model.init`).
+    """
+    writer = model.language_model
+    if LABELS not in objective.labels.values() or "lm" not in writer.heads:
+        return 0
+    counts = torch.zeros(model.config.vocab_size)
+    for step in range(MAX_STEPS):
+        labels = batches.batch(step, 0, batches.batch_size)[LABELS]
+        counts += torch.bincount(labels[labels != IGNORE], minlength=len(counts))
+        if counts.sum() >= MAX_LABELS:
+            break
+    example = to(batches.batch(0, 0, min(batches.batch_size, EXAMPLES)), next(model.parameters()).device)
+
+    def read() -> torch.Tensor:
+        hidden = objective.forward(model, example)["hidden"] if writer is model else writer(example)
+        return supervised(hidden, example[LABELS])[0]
+
+    return int(counts.sum()) if init_head_from_frequencies(writer, counts, lambda: parallel.forward(read)) else 0

@@ -14,14 +14,20 @@ firth.types.UserError: objective mlm reads a text from both sides, which a causa
 Traceback (most recent call last):
 ...
 firth.types.UserError: objective nsp needs first, other and second, and examples=chunks has tokens: take examples=segment_pairs
+
+Whether one objective can be added to another depends on which fields the first returns. That is found by building an example,
+so an objective does not declare it.
+
+>>> sorted(sample_example({"tokens", "label"}))
+['label', 'tokens']
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,20 +36,17 @@ from firth import objectives
 from firth.data.collate import counted_fields
 from firth.data.examples import ExamplesConfig
 from firth.model.config import AttentionPattern, ModelConfig
+from firth.model.config_groups import LEARNED_POSITIONS
+from firth.model.flops import num_parameters
 from firth.model.model import LM
-from firth.model.parameter_count import LEARNED_POSITIONS
 from firth.objectives.objective import PATTERN_DESCRIPTIONS, Objective, TokenObjective, components
+from firth.objectives.policy_gradient import PER_TOKEN
 from firth.runs import config_io
 from firth.runs.examples import EXAMPLES
-from firth.runs.peft_options import FullFinetuning, PeftConfig, check_peft
-from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
+from firth.runs.peft_options import FullFinetuning, PeftConfig
+from firth.tokenizer.vocab import ROLES, Vocab
 from firth.training.device import memory, trim_freed_memory
 from firth.types import IGNORE, DataStats, Example, LogLine, UserError
-
-if TYPE_CHECKING:
-    from firth.runs.recipe import Recipe
-
-"""Name in a recipe -> class."""
 
 PATTERN_RECIPES: dict[AttentionPattern, str] = {
     "causal": "gpt (a decoder)", "bidirectional": "roberta (an encoder)", "permuted": "xlnet (an encoder)",
@@ -57,55 +60,6 @@ ONE_SIDED: frozenset[AttentionPattern] = frozenset({"causal", "permuted", "prefi
 """Attention patterns in which some position does not see another one, so that examples need attention fields."""
 
 
-def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
-    """Raise a UserError if the sections of a recipe do not fit each other; the message suggests a change.
-
-    It is called when a recipe is loaded, and again when the start model, the records and this machine have filled in what was
-    open. What depends on a model config that is still open is checked then.
-
-    Args:
-        recipe: The recipe.
-        ranks: Number of ranks that train it.
-    """
-    objective, config, batch = recipe.objective, recipe.model, recipe.batch
-    check_peft(recipe.peft, recipe.init_from)
-    check_extension(recipe)
-    if config is not None:
-        check_pattern(objective, config, recipe.examples, fixed=bool(recipe.init_from))
-    check_fields(objective, recipe.examples, config)
-    if config is not None:
-        accumulate = batch.gradient_accumulation_steps
-        check_sharding(recipe)
-        check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
-        check_memory(config, recipe.examples, batch.packed_length)
-
-
-def check_extension(recipe: Recipe) -> None:
-    """Raise a UserError if a recipe adds tokens to a tokenizer and has no start model, or does not train their embeddings."""
-    tokens = f"tokenizer.extend={recipe.tokenizer.extend}"
-    if not recipe.tokenizer.extend:
-        return
-    if not recipe.init_from or recipe.tokenizer.path or recipe.init_embeddings_from:
-        raise UserError(
-            f"{tokens} adds tokens to the tokenizer of init_from: set init_from=MODEL, without tokenizer.path and "
-            "init_embeddings_from"
-        )
-    if not isinstance(recipe.peft, FullFinetuning):
-        raise UserError(f"{tokens} adds rows to the token embeddings, which only peft=full trains: set peft=full")
-
-
-def check_sharding(recipe: Recipe) -> None:
-    """Raise a UserError if a recipe shards a model that cannot be sharded."""
-    if recipe.distributed.shard == "none":
-        return
-    hint = "set distributed.shard=none"
-    if recipe.objective.constraints.whole_weights:
-        raise UserError(
-            f"objective {_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "
-            "optimizer.weight_decay in place of a penalty"
-        )
-
-
 def check_pattern(
     objective: Objective, config: ModelConfig, examples: ExamplesConfig | None = None, fixed: bool = False
 ) -> None:
@@ -117,7 +71,7 @@ def check_pattern(
         examples: Suggested objectives must be compatible with these examples.
         fixed: Whether the model config is that of pretrained weights and cannot be changed.
     """
-    name, reads = _name(objective), objective.attention
+    name, reads = objective_name(objective), objective.attention
     if reads != "any" and reads not in PATTERN_DESCRIPTIONS:
         raise UserError(f"objective {name} has attention {reads!r}: take any, {', '.join(PATTERN_DESCRIPTIONS)}")
     if reads in config.supported_patterns:
@@ -131,7 +85,7 @@ def check_pattern(
     )
     others = [one for one in _served(config) if type(one) is not type(objective)]
     served = [one for one in others if examples is None or _has_inputs(one, examples)] or others
-    offered = ", ".join(sorted(_name(one) for one in served))
+    offered = ", ".join(sorted(objective_name(one) for one in served))
     raise UserError(
         f"objective {name} {PATTERN_DESCRIPTIONS[reads]}, which {config.description} cannot: {remedy}"
         + (f", or take an objective that it serves: {offered}" if offered else "")
@@ -222,7 +176,7 @@ def _fault(objective: Objective, examples: ExamplesConfig) -> str:
     read = frozenset[str]().union(*(one.inputs for one in parts))
     if examples.required_fields - read:
         names = _listed(examples.required_fields)
-        return f"examples={_name_of(examples)} needs an objective that reads {names}, and objective {_name(objective)} does not"
+        return f"examples={_name_of(examples)} needs an objective that reads {names}, and objective {objective_name(objective)} does not"
     example = sample_example(given)
     for one in parts:
         if lacking := one.inputs - given:
@@ -230,23 +184,27 @@ def _fault(objective: Objective, examples: ExamplesConfig) -> str:
                 f"examples={_name_of(examples)} has" if given == examples.fields else "the component before it outputs"
             )
             needed = one.inputs if given == examples.fields else lacking
-            return f"objective {_name(one)} needs {_listed(needed)}, and {giver} {_listed(given) or 'nothing'}"
+            return f"objective {objective_name(one)} needs {_listed(needed)}, and {giver} {_listed(given) or 'nothing'}"
         if len(parts) == 1:
             break
         try:
             built = one.build_example(example, SAMPLE_VOCAB, np.random.default_rng(0))
         except KeyError as missing:
-            return f"objective {_name(one)} needs {missing.args[0]}, and is given {_listed(given) or 'nothing'}"
+            return (
+                f"objective {objective_name(one)} needs {missing.args[0]}, and is given {_listed(given) or 'nothing'}"
+            )
         own = labels | frozenset(one.labels.values())
         # Fields of a group of rows are not those of an example: nothing can be added to a group.
         given = frozenset(name for name, x in built.items() if x is example.get(name) or np.ndim(x) < 2)
         example = built
         if lost := own - built.keys():
-            return f"objective {_name(one)} rebuilds the example and drops {_listed(lost)}, the labels of the component before it"
+            return f"objective {objective_name(one)} rebuilds the example and drops {_listed(lost)}, the labels of the component before it"
         if twice := labels.intersection(one.labels.values()):
-            return f"objective {_name(one)} predicts {_listed(twice)}, which the component before it predicts too"
+            return (
+                f"objective {objective_name(one)} predicts {_listed(twice)}, which the component before it predicts too"
+            )
         labels = own
-    return "" if _is_standalone(objective) else f"objective {_name(objective)} has no labels of its own"
+    return "" if _is_standalone(objective) else f"objective {objective_name(objective)} has no labels of its own"
 
 
 def _has_inputs(objective: Objective, examples: ExamplesConfig) -> bool:
@@ -267,7 +225,7 @@ def _suggestion(objective: Objective, examples: ExamplesConfig, config: ModelCon
             continue
         if config is not None and not _supports(config, both):
             continue
-        advice = f"write objective=[{name}, {_name(objective)}]"
+        advice = f"write objective=[{name}, {objective_name(objective)}]"
         if _has_inputs(both, examples):
             return advice
         if not elsewhere and (fitting := _fitting_examples(both)):
@@ -297,17 +255,17 @@ def check_batching(objective: Objective, config: ModelConfig, *, pack: int, accu
         )
     if objective.constraints.needs_full_batch and accumulate * ranks > 1:
         raise UserError(
-            f"objective {_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
+            f"objective {objective_name(objective)} compares all examples of a step with each other, and {ranks} ranks of "
             f"{accumulate} micro-batches would compare only their own: set batch.gradient_accumulation_steps=1 and train on one rank"
         )
 
 
 def is_users(objective: Objective) -> bool:
     """Return whether an objective, or a component of a sum, is defined outside firth."""
-    return any(":" in _name(one) for one in components(objective))
+    return any(":" in objective_name(one) for one in components(objective))
 
 
-def check_built(objective: Objective, examples: Iterable[Example], vocab_size: int) -> None:
+def check_built(objective: Objective, examples: Iterable[Any], vocab_size: int) -> None:
     """Raise a UserError if `build_example` of a user's objective returns what a model cannot be trained on.
 
     Args:
@@ -317,14 +275,18 @@ def check_built(objective: Objective, examples: Iterable[Example], vocab_size: i
     """
     for example in examples:
         if fault := _fault_of_built(objective, example, vocab_size):
-            raise UserError(f"build_example of objective {_name(objective)}: {fault}")
+            raise UserError(f"build_example of objective {objective_name(objective)}: {fault}")
 
 
-def _fault_of_built(objective: Objective, example: Example, vocab_size: int) -> str:
+def _fault_of_built(objective: Objective, example: Any, vocab_size: int) -> str:
     """Return what is wrong with an example that an objective has built; empty if nothing is."""
+    if not isinstance(example, Mapping):  # a user's function may lack its return
+        return f"it returned {example!r:.60}: return a dictionary of NumPy arrays"
     for field, value in example.items():
         if not isinstance(value, (np.ndarray, np.generic, int, float)):
             return f"the field {field!r} is a {type(value).__module__}.{type(value).__name__}: return NumPy arrays"
+        if np.asarray(value).dtype.kind not in "biuf":
+            return f"the field {field!r} is an array of {np.asarray(value).dtype}: return arrays of numbers"
     needed = {"tokens": "the tokens that the model sees"} | {
         field: f"the labels of {term!r}" for term, field in counted_fields(objective).items()
     }
@@ -333,7 +295,9 @@ def _fault_of_built(objective: Objective, example: Example, vocab_size: int) -> 
             return f"there is no field {field!r}, {meaning}; it returned {_listed(example)}"
     token_labels = {f for one in components(objective) if isinstance(one, TokenObjective) for f in one.labels.values()}
     for field in ("tokens", *sorted(token_labels)):
-        ids, shape = example[field], example["tokens"].shape
+        ids, shape = np.asarray(example[field]), np.shape(example["tokens"])
+        if not shape:
+            return f"the field 'tokens' is the single number {example['tokens']}: return an array, whose last axis is tokens"
         if not np.issubdtype(ids.dtype, np.integer) or ids.shape != shape:
             return f"the field {field!r} is {ids.dtype} of shape {ids.shape}: it must be whole numbers of shape {shape}"
         if (bad := ids[((ids < 0) | (ids >= vocab_size)) & ((ids != IGNORE) | (field == "tokens"))]).size:
@@ -418,7 +382,7 @@ def _fit_rows(
     return dataclasses.replace(examples, **changed) if changed else examples  # type: ignore[type-var]
 
 
-def _name(objective: Objective) -> str:
+def objective_name(objective: Objective) -> str:
     """Return the name of an objective in recipes; of a sum, of the component that requires an attention pattern."""
     parts = components(objective)
     demanding = next((one for one in parts if one.attention != "any"), parts[-1])
@@ -472,7 +436,7 @@ def check_available_memory(
     Raises:
         UserError: More than is free.
     """
-    count = config.num_parameters()
+    count = num_parameters(config)
     each = 4 * (4 if optimizer == "adamw" else 3) if full else 4
     built = 4 if whole or shards == 1 else 0
     for name, free in available_memory(device).items():
@@ -485,3 +449,37 @@ def check_available_memory(
                 f"the model has {count:,} parameters, which take {size / 1e9:,.1f} GB with gradients and optimizer, "
                 f"and {free / 1e9:,.1f} GB of {name} are free{several}: lower model.hidden_size, model.num_layers or the vocabulary"
             )
+
+
+LENGTH, FIRST_WORD, SIZE = 8, 16, 32
+"""Tokens of a text, the first id that is not special, and the size of the vocabulary."""
+
+SAMPLE_VOCAB = Vocab(
+    size=SIZE, roles={role: id for id, role in enumerate(ROLES)}, special=np.arange(SIZE) < FIRST_WORD,
+    sentinels=np.arange(len(ROLES), FIRST_WORD), spelling=tuple(b" a" if id % 4 else b"." for id in range(SIZE)),
+)  # fmt: skip
+"""A vocabulary with every special token, five sentinels or more, words, and ends of sentences."""
+
+_TEXT = np.arange(FIRST_WORD, FIRST_WORD + LENGTH)
+_MASK = np.arange(LENGTH) >= LENGTH // 2
+_FIELDS: Example = {
+    "tokens": _TEXT, "mask": _MASK, "token_type_ids": _MASK.astype(np.int64), "label": 1, "score": 1.0,
+    "first": _TEXT[:4], "second": _TEXT[4:], "other": _TEXT[2:5], "votes": np.array([0, 1]), "taught": np.array([0.1, 0.9]),
+    "tags": np.zeros(LENGTH, np.int64), "start": 2, "end": 3, "source": _TEXT, "target": _TEXT[:3],
+    "kept": np.ones(SIZE), "noise": np.arange(1, SIZE + 1) / SIZE,
+    "options": [{"tokens": _TEXT}, {"tokens": _TEXT[:4]}],
+    "desirable": np.array([True]), "margin": np.zeros(1),
+    "answers": [_TEXT, _TEXT[:6]], "masks": [_MASK, _MASK[:6]], "rank": np.array([0, 1]),
+}  # fmt: skip
+_FIELDS |= {
+    f"{side}_{name}": _FIELDS[name] for side in ("chosen", "rejected", "mismatched") for name in ("tokens", "mask")
+}
+_FIELDS |= {name: np.zeros(LENGTH, np.float32) for name in PER_TOKEN}
+
+
+def sample_example(fields: Collection[str]) -> Example:
+    """Return a small example with some fields."""
+    example = {name: value for name, value in _FIELDS.items() if name in fields}
+    if "reference" in fields and "old" not in fields:  # a number for each answer, and not for each token
+        example["reference"] = np.zeros(2, np.float32)
+    return example

@@ -19,8 +19,8 @@ from firth import kernel_choice
 from firth.corpora import readers
 from firth.corpora.input_files import GROWTH
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
 from firth.data.corpus import is_corpus
+from firth.data.examples import DataConfig
 from firth.io.gguf import find
 from firth.io.json_files import row_line
 from firth.model.model import LM
@@ -34,13 +34,11 @@ from firth.runs.resolve import resolve
 from firth.runs.run import build_data, check_start_models, prepare_tokenizer
 from firth.runs.run_context import RunContext
 from firth.runs.start_model import model_directory
-from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate
-from firth.runs.timing import step_seconds
-from firth.training.device import default_device
+from firth.runs.step_estimate import StepEstimate, check_fits, sharded_memory, step_estimate, step_seconds
+from firth.training.device import default_device, utilization
 from firth.training.distributed import Ranks, join
 from firth.training.logging import clock, short
 from firth.training.memory import MAX_READ_STEPS, variety
-from firth.training.speed import utilization
 from firth.types import LOGGER, Batch, LogLine
 
 SAMPLED_STEPS = 12
@@ -255,7 +253,8 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     step = step_estimate(run.build, resolved, sampled, kept, run.batches.source, run.varieties())
     world = run.batches.world
     if run.degree > 1:
-        step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))
+        accumulates = resolved.batch.gradient_accumulation_steps > 1
+        step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree, accumulates))
     seconds, how = 0.0, "not measured"
     if timed:
         seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes)

@@ -1,7 +1,7 @@
 """The training and validation examples of a run, and the names of all kinds of examples: the `examples` section of a recipe.
 
 A kind of examples is one frozen dataclass, derived from `firth.data.examples.ExamplesConfig`: `firth.data.windows` divides running text,
-`firth.data.dialogues`, `rankings`, `labeled`, `question_answering` and `annotations` read records, and `firth.align` adds the kinds
+`firth.data.dialogues`, `labeled`, `semi_supervised` and `question_answering` read records, and `firth.align` adds the kinds
 that a model takes part in.
 """
 
@@ -16,17 +16,13 @@ from firth.align.precompute import PseudoLabeledConfig, RefLogprobsConfig, Unpai
 from firth.align.rewards import SampledPreferencesConfig
 from firth.align.rollouts import RolloutsConfig
 from firth.corpora.input_files import ReadStats
-from firth.data import class_counts
-from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotatorsConfig
-from firth.data.config import DataConfig
-from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
-from firth.data.examples import BuildContext, DatasetSplits, ExamplesConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, RankingsConfig, Seq2SeqConfig
+from firth.data.examples import BuildContext, DataConfig, DatasetSplits, ExamplesConfig, check_several_classes
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
-from firth.data.rankings import RankingsConfig
+from firth.data.semi_supervised import MultiAnnotatorConfig, PartiallyLabeledConfig, SimulatedAnnotatorsConfig
 from firth.data.source import MixtureSource, Source, SubsetSource
 from firth.data.split import content_key, held_out_keys
-from firth.data.unlabeled import PartiallyLabeledConfig
 from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig, WordWindowsConfig
 from firth.objectives.objective import Objective
 from firth.runs.prepare import documents_of, text_of
@@ -39,7 +35,7 @@ def build_datasets(examples: ExamplesConfig, data: BuildContext, objective: Obje
         UserError: All training examples are of one class.
     """
     found = _mixed(examples, data, objective) if data.config.weights else examples.build(data, objective)
-    class_counts.check_several_classes(found.train)
+    check_several_classes(found.train)
     return found
 
 

@@ -23,7 +23,7 @@ from firth.generate.sampling import Sampling
 from firth.io.atomic import new_file
 from firth.io.integrity import read_done
 from firth.io.json_files import read_rows
-from firth.runs.evaluate_files import measure
+from firth.runs.evaluation import measure
 from firth.runs.loaded_model import Model, generates_left_to_right, open_model, trained_length
 from firth.tokenizer import chat
 from firth.types import LOGGER, UserError
@@ -228,7 +228,7 @@ def evaluate_run(
     Args:
         directory: A run or model directory.
         paths: Files to evaluate on; none for the run's own held-out text.
-        task: The task (`firth.runs.evaluate_files.measure`).
+        task: The task (`firth.runs.evaluation.measure`).
         limit: The most tokens or records to evaluate.
         as_json: Whether to return a JSON object instead of readable lines.
     """

@@ -37,7 +37,7 @@ from firth.objectives import OBJECTIVES, find
 from firth.objectives.objective import Objective, reads_dialogues
 from firth.objectives.seq2seq import Denoising, SpanCorruption
 from firth.pretrained.load_save import metadata_of
-from firth.runs.evaluate_files import measure_with
+from firth.runs.evaluation import measure_with
 from firth.runs.recipe import load
 from firth.tokenizer import chat
 from firth.tokenizer.inspection import readable

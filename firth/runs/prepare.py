@@ -19,9 +19,8 @@ import numpy as np
 from firth.corpora import readers
 from firth.corpora.input_files import ReadStats, many
 from firth.corpora.readers import Document
-from firth.data.config import DataConfig
 from firth.data.corpus import PreparedCorpus, is_corpus, open_stores
-from firth.data.examples import BuildContext
+from firth.data.examples import BuildContext, DataConfig
 from firth.data.split import HeldOut, content_key
 from firth.data.text_cache import ReadOnce, read_once
 from firth.data.token_store import TokenStore

@@ -10,6 +10,7 @@ and every run directory keeps it as `recipe.yaml`; training from that file repea
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -22,19 +23,17 @@ from typing import Any, Literal
 
 from firth import objectives
 from firth.corpora import catalog
-from firth.data.config import DataConfig
 from firth.data.corpus import PreparedCorpus, is_corpus
-from firth.data.examples import ExamplesConfig
+from firth.data.examples import DataConfig, ExamplesConfig
 from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
-from firth.runs.compatibility import check_recipe
-from firth.runs.continued import continued, continues
+from firth.runs.compatibility import check_batching, check_fields, check_memory, check_pattern
 from firth.runs.examples import EXAMPLES
-from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, check_peft
 from firth.runs.recipe_names import RECIPES
-from firth.runs.start_model import model_directory
+from firth.runs.start_model import continued, continues, model_directory
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.distributed import DistributedConfig
 from firth.training.optimizer import OptimizerConfig
@@ -128,7 +127,7 @@ class ResolvedBatchConfig(BatchConfig):
 
 @dataclass(frozen=True)
 class EvalTask(Validated, section="evaluation.tasks"):
-    """A task that is evaluated at each validation (`firth.runs.eval_tasks`).
+    """A task that is evaluated at each validation (`firth.runs.evaluation`).
 
     Args:
         name: in_context, copying, or a task in prompts that firth ships (minimal_pairs).
@@ -196,7 +195,7 @@ class Recipe(Validated):
         tokenizer: The tokenizer.
         model: The architecture; None takes that of `init_from`. `vocab_size` may be left out; it is then the tokenizer's.
         init_from: A run or model directory, or a model of the catalog (minilm), to initialize the weights from. A pretraining
-            recipe then has the defaults of continued pretraining (`firth.runs.continued`).
+            recipe then has the defaults of continued pretraining (`firth.runs.start_model`).
         peft: Which weights are trained (`firth.runs.peft_options`).
         init_embeddings_from: A run or model directory with the same tokenizer, of which only the token embeddings are
             loaded (`firth.generate.embeddings`).
@@ -297,6 +296,7 @@ config_io.SHORT_FORMS[EvalTask] = "name"
 config_io.REGISTRIES[ExamplesConfig] = config_io.registry_of("kind of examples", EXAMPLES, ExamplesConfig)
 
 
+@functools.cache
 def published(name: str) -> Recipe:
     """Return the published recipe of a name in `RECIPES`, or NAME:SIZE for a recipe with several sizes.
 
@@ -466,3 +466,39 @@ def load_resolved(directory: Path) -> ResolvedRecipe:
     data, lines = config_io.read_yaml(directory / "recipe.yaml")
     resolved: ResolvedRecipe = config_io.from_dict(ResolvedRecipe, data, config_io.SourceLocation((), lines))
     return resolved
+
+
+def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
+    """Raise a UserError if the sections of a recipe do not fit each other; the message suggests a change.
+
+    It is called when a recipe is loaded, and again when the start model, the records and this machine have filled in what was
+    open. What depends on a model config that is still open is checked then.
+
+    Args:
+        recipe: The recipe.
+        ranks: Number of ranks that train it.
+    """
+    objective, config, batch = recipe.objective, recipe.model, recipe.batch
+    check_peft(recipe.peft, recipe.init_from)
+    check_extension(recipe)
+    if config is not None:
+        check_pattern(objective, config, recipe.examples, fixed=bool(recipe.init_from))
+    check_fields(objective, recipe.examples, config)
+    if config is not None:
+        accumulate = batch.gradient_accumulation_steps
+        check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
+        check_memory(config, recipe.examples, batch.packed_length)
+
+
+def check_extension(recipe: Recipe) -> None:
+    """Raise a UserError if a recipe adds tokens to a tokenizer and has no start model, or does not train their embeddings."""
+    tokens = f"tokenizer.extend={recipe.tokenizer.extend}"
+    if not recipe.tokenizer.extend:
+        return
+    if not recipe.init_from or recipe.tokenizer.path or recipe.init_embeddings_from:
+        raise UserError(
+            f"{tokens} adds tokens to the tokenizer of init_from: set init_from=MODEL, without tokenizer.path and "
+            "init_embeddings_from"
+        )
+    if not isinstance(recipe.peft, FullFinetuning):
+        raise UserError(f"{tokens} adds rows to the token embeddings, which only peft=full trains: set peft=full")

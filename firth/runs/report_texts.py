@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from firth.align import held_out
-from firth.align.held_out import HeldOutTexts
+from firth.align.held_out import HeldOutTexts, PromptSplits
 from firth.data.examples import DatasetSplits
 from firth.generate.sampling import Sampling
 from firth.io.atomic import write_text
@@ -97,7 +97,9 @@ def _write_samples(
 
 def texts_of(recipe: ResolvedRecipe, splits: DatasetSplits) -> HeldOutTexts | None:
     """Return the held-out prompts that the report shows answers to; None if the run does not train on answers to prompts."""
-    return splits.texts or held_out.choose(splits.train, splits.validation, recipe.examples.fields)
+    if isinstance(splits, PromptSplits):
+        return splits.texts
+    return held_out.choose(splits.train, splits.validation, recipe.examples.fields)
 
 
 def _write_held_out_texts(recipe: ResolvedRecipe, splits: DatasetSplits, model: LM, data: RunData, step: int) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from typing import Literal
 
-from firth.data.examples import ExamplesConfig
 from firth.model.config import ModelConfig
 from firth.model.init import init_empty_weights
 from firth.model.model import LM
@@ -15,10 +14,10 @@ from firth.objectives.objective import Objective
 from firth.pretrained.load_save import check_vocab_fits
 from firth.runs import config_io
 from firth.runs.build_model import builds_in_shards
-from firth.runs.compatibility import check_pattern, check_recipe, limit_lengths
+from firth.runs.compatibility import check_pattern, limit_lengths
 from firth.runs.peft_options import add_layer_mixture
 from firth.runs.prepare import RunData
-from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved, published
+from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, check_recipe, load_resolved, published
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run_context import RunContext
 from firth.runs.tokenizer import resolve_segmentation, resolved_size
@@ -38,7 +37,7 @@ def resolve(recipe: Recipe, data: RunData, context: RunContext) -> ResolvedRecip
         UserError: The settings do not fit each other, the start model or this machine.
     """
     # Class names may be read from a corpus that has to be downloaded first.
-    filled = context.first_rank_first(lambda: _fill(recipe, data, context.ranks.world))
+    filled = context.ranks.first_rank_first(lambda: _fill(recipe, data, context.ranks.world))
     settings = {field.name: getattr(filled, field.name) for field in dataclasses.fields(Recipe)}
     settings |= {"precision": _precision(recipe, context), "word_segmentation": _segmentation(recipe, context)}
     return config_io.absolute_paths(ResolvedRecipe(**settings))
@@ -50,7 +49,8 @@ def _fill(recipe: Recipe, data: RunData, ranks: int) -> Recipe:
     base = data.start.shape if sharded and builds_in_shards(recipe) else data.start.model
     config = _model_config(recipe, data, base)
     added = recipe.objective.constraints.added_tokens
-    examples = limit_lengths(recipe.examples, _published_examples(recipe), recipe.peft, base, config, added, data.log)
+    usual = published(recipe.name).examples if recipe.name in RECIPES else type(recipe.examples)()
+    examples = limit_lengths(recipe.examples, usual, recipe.peft, base, config, added, data.log)
     examples = examples.limit_to(config.max_positions)
     check_pattern(recipe.objective, config, examples, fixed=bool(recipe.init_from))
     stats = functools.cache(lambda: examples.stats(data, recipe.objective.constraints.class_names))
@@ -104,11 +104,6 @@ def _keeps_head(objective: Objective, config: ModelConfig, base: LM) -> bool:
     """Return whether the model has a head of the start model."""
     with init_empty_weights():
         return bool(objective.heads(config).keys() & (base.heads.keys() - PREFIX_HEADS))
-
-
-def _published_examples(recipe: Recipe) -> ExamplesConfig:
-    """Return the examples config of the published recipe with this name, or else the defaults of its kind."""
-    return published(recipe.name).examples if recipe.name in RECIPES else type(recipe.examples)()
 
 
 def _precision(recipe: Recipe, context: RunContext) -> Literal["fp32", "bf16"]:

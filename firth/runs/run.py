@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from firth import kernel_choice
+from firth.align.held_out import PromptSplits
 from firth.align.rewards import RewardError
 from firth.corpora import catalog
-from firth.data import class_counts, text_cache
+from firth.data import text_cache
 from firth.data.collate import Batches
-from firth.data.examples import DatasetSplits
+from firth.data.examples import DatasetSplits, class_summary
 from firth.evaluate.tokenizer_match import check_same_tokenizer
 from firth.io.atomic import make_directory, new_directory, write_text
 from firth.io.integrity import read_record, write_record
@@ -35,21 +36,18 @@ from firth.pretrained.load_save import describe_model, save_model
 from firth.report.page import write as write_report
 from firth.report.run_report import run_report
 from firth.runs import config_io, examples, model_card, report_texts
-from firth.runs.branch import start_from_checkpoint
-from firth.runs.build_model import BuiltModel, assemble_model, builds_in_shards
+from firth.runs.build_model import BuiltModel, assemble_model, builds_in_shards, init_head
 from firth.runs.compatibility import check_available_memory, check_built, is_users
-from firth.runs.eval_tasks import EvalTasks
-from firth.runs.init_head import init_head
+from firth.runs.evaluation import EvalTasks, PromptValidator, Validator, vocab
 from firth.runs.loaded_model import Model
 from firth.runs.peft_options import FullFinetuning
 from firth.runs.prepare import RunData
 from firth.runs.recipe import MODEL_CONFIG_HINT, Recipe, ResolvedRecipe, load_resolved
 from firth.runs.resolve import resolve
-from firth.runs.run_context import RunContext, RunIdentity
+from firth.runs.run_context import RunContext, RunIdentity, start_from_checkpoint
 from firth.runs.start_model import StartModel, model_directory
 from firth.runs.step_estimate import certainly_fits, check_fits, step_estimate
 from firth.runs.tokenizer import check_vocab, fallbacks, tokenizer_of
-from firth.runs.validation import PromptValidator, Validator, vocab
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training import checkpoint, trainer
 from firth.training.device import choose_precision, default_device
@@ -114,7 +112,7 @@ def run(
         log: Receives messages of the first rank.
         reporter: Receives the progress of training; by default a bar on a terminal, else the logger.
         on_metrics: Called with each row of metrics.jsonl, on the first rank.
-        start_from: A checkpoint of another run with the same first steps (`firth.runs.branch`), for a new run.
+        start_from: A checkpoint of another run with the same first steps (`firth.runs.run_context`), for a new run.
 
     Raises:
         UserError: The directory holds a run of another recipe, or the recipe is invalid.
@@ -170,11 +168,14 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     Raises:
         UserError: The tokenizer is not that of the start model or of the resumed run, or has another size than the model.
     """
-    tokenizer = context.first_rank_first(lambda: tokenizer_of(recipe, context.directory, context.log, context.inputs))
+    tokenizer = context.ranks.first_rank_first(
+        lambda: tokenizer_of(recipe, context.directory, context.log, context.inputs)
+    )
     context.inputs.digests["tokenizer"] = tokenizer.digest
     context.check_inputs()
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
+    context.verify_models([recipe.init_from])
     start = StartModel(recipe.init_from, tokenizer if recipe.tokenizer.extend else None)
     return RunData(
         recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start, ranks=context.ranks
@@ -203,16 +204,19 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
         UserError: There is nothing to train on, nothing is held out and `evaluation` needs it, or a user's objective builds
             examples that a model cannot be trained on.
     """
+    context.verify_models(path for _, kind, path in config_io.paths(resolved) if kind == "model")
     chosen = checkpoint.precision(context.directory) or choose_precision(resolved.precision, default_device())
     data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
-    splits = context.first_rank_first(lambda: examples.build_datasets(resolved.examples, data, resolved.objective))
+    splits = context.ranks.first_rank_first(
+        lambda: examples.build_datasets(resolved.examples, data, resolved.objective)
+    )
     text_cache.forget()
     validator: Validator | PromptValidator | None = (
         Validator(resolved, splits.validation, splits.bytes_per_target, data.tokenizer, context.ranks)
         if splits.validation and len(splits.validation)
         else None
     )
-    if splits.prompts is not None:
+    if isinstance(splits, PromptSplits) and splits.prompts is not None:
         validator = PromptValidator(resolved, splits.prompts)
     tasks = EvalTasks.of(resolved, splits.validation, context.directory, data.tokenizer)
     notes = fallbacks(resolved.objective, resolved.examples, splits.train, data.tokenizer.vocab)
@@ -451,7 +455,7 @@ def _data_notes(
             f"{setting} needs held-out examples, and nothing is held out{why}: name data.validation_path=FILES, or raise "
             "data.validation_fraction"
         )
-    line = class_counts.class_summary(splits.train, splits.validation)
+    line = class_summary(splits.train, splits.validation)
     return [line] * bool(line) + [splits.no_validation_reason] * bool(splits.no_validation_reason)
 
 

@@ -18,8 +18,7 @@ import numpy as np
 from firth.io.integrity import read_record, write_record
 from firth.report.charts import number
 from firth.scaling import fit
-from firth.scaling.fit import Estimate, Exponents
-from firth.scaling.laws import ComputeRule, LossLaw, RepeatLaw
+from firth.scaling.fit import ComputeRule, Estimate, Exponents, LossLaw, RepeatLaw
 from firth.scaling.table import MIN_POINTS, Points
 from firth.types import UserError
 

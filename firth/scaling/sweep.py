@@ -7,7 +7,7 @@
 
 Runs of one size share their constant learning rate. The schedule is warmup-stable-decay with a warmup in steps, so a larger
 budget starts from the checkpoint of the next smaller one at the start of its decay, and equals the run from step 0 to the bit
-(`firth.runs.branch`). Budgets and sizes may be added later.
+(`firth.runs.run_context`). Budgets and sizes may be added later.
 
 Several processes may work on one sweep: each takes a size that no other one holds (`firth.runs.workers`).
 """
@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
-from firth.data.examples import DatasetSplits
+from firth.data.examples import DataConfig, DatasetSplits
 from firth.fields import PositiveFloat, PositiveInt, Validated
 from firth.io.atomic import make_directory, write_text
 from firth.io.integrity import read_done, read_record, write_record

@@ -17,7 +17,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from firth import __version__
 from firth.serve import inference
 from firth.serve.board import Board, board_routes
 from firth.serve.completions import chat_complete, complete
@@ -53,6 +52,7 @@ from firth.serve.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from firth.types import VERSION
 
 REF = "#/components/schemas/{model}"
 ERRORS = {
@@ -110,7 +110,7 @@ def document(operations: Sequence[Operation], has_key: bool) -> dict[str, Any]:
         paths[one.path] = {"post": {"summary": one.summary, "requestBody": body, "responses": answers}}
     found: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "firth", "version": __version__, "description": "Models served by `firth serve`."},
+        "info": {"title": "firth", "version": VERSION, "description": "Models served by `firth serve`."},
         "paths": paths,
         "components": {"schemas": schemas.get("$defs", {})},
     }

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from firth.evaluate.agreement import cohen_kappa, fleiss_kappa
-from firth.evaluate.ratings import SCALE, START, Votes, bradley_terry
+from firth.evaluate.ratings import SCALE, START, Votes, bradley_terry, cohen_kappa, fleiss_kappa
 from firth.serve.preferences import Preferences
 
 DRAWS = 400

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from firth.evaluate.perplexity import leading_bos
-from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting.responders import LocalModel
 from firth.evaluate.task import EvaluatedModel, Task, load_evaluated_model
 from firth.evaluate.tasks import TASKS, default_task
 from firth.evaluate.tasks.generation import can_generate

@@ -9,7 +9,7 @@ distributed over ranks. `join()` reads the environment variables that torchrun s
 
 Each rank has a copy of the model and takes the same step; data is split by global index (`firth.data.collate`). Ranks wait for
 long work on a single rank without a collective, and a rank that fails or stops ends the others with an error that names it
-(`firth.training.distributed`).
+(barriers and heartbeats, below).
 
 Barriers, failure propagation and heartbeats between the ranks of a run, without collectives.
 
@@ -24,6 +24,11 @@ and a rank inside it does not notice that another one has failed. Here the ranks
 
 The thread ends its process, because the main thread may be inside a collective that never returns. That is safe for
 checkpoints: one that is being written does not have its final name yet (`firth.training.checkpoint`).
+
+`Parallel` is what `firth.training.step` and the trainer ask for, in a single process or with a copy of the model on every rank: run
+the forward pass, run the backward pass, sum the gradients over ranks. `Replicas` sums them in buckets while the last backward pass
+of a step still runs: a bucket is sent as soon as its gradients are complete, in the same order on every rank. The sums are those of
+one all-reduce after the backward pass: to the bit on two ranks, where a sum has two terms, and up to rounding on more.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from firth.fields import NonNegativeInt, Validated
@@ -77,6 +82,10 @@ class Ranks:
         if self.world > 1:
             self.call(lambda: dist.all_reduce(x))
         return x
+
+    def sum_numbers(self, *values: float) -> list[float]:
+        """Return the sums over all ranks of numbers that the host has; no rank waits for its device."""
+        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist() if self.world > 1 else [*values]
 
     def begin_sum(self, x: Tensor) -> dist.Work:
         """Start to sum `x` over all ranks in place; `finish` waits for the result."""
@@ -141,6 +150,15 @@ class Ranks:
         """
         if self.peers is not None:
             self.peers.wait()
+
+    def first_rank_first(self, make: Callable[[], T]) -> T:
+        """Return `make()`, called on the first rank, which writes files, and then on the others, which find them."""
+        if not self.first:
+            self.wait()
+            return make()
+        made = make()
+        self.wait()
+        return made
 
     def from_first(self, value: str) -> str:
         """Return rank 0's value on every rank."""
@@ -207,12 +225,15 @@ class DistributedConfig(Validated, section="distributed"):
 
 
 def join(device: torch.device | None = None) -> Ranks:
-    """Join the process group of torchrun (gloo on CPU, nccl on CUDA), or return a single rank without torchrun."""
+    """Join the process group of torchrun, or return a single rank without torchrun.
+
+    Tensors on a CPU are exchanged by gloo, those on a GPU by nccl.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     on_cuda = device is not None and device.type == "cuda"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     peers = _peers() if dist.get_world_size() > 1 else None
     where = device if device is not None and on_cuda else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), where, peers)
@@ -440,3 +461,94 @@ class PeerWatch:
 
 RESTART_HINT = "start all ranks again, and the run resumes from its last checkpoint"
 """What to do when a rank is lost."""
+
+
+BUCKET_BYTES = 32 << 20
+"""Bytes of gradients that are summed in one call: large enough to saturate a link, small compared with the model."""
+
+
+class Parallel:
+    """A single process."""
+
+    def forward(self, function: Callable[[], T]) -> T:
+        """Return `function()`, which runs the model and computes the loss."""
+        return function()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a loss to those of the parameters.
+
+        Args:
+            loss: The loss of a micro-batch on this rank.
+            last: Whether it is the last of the step: the gradients are then summed over ranks.
+        """
+        torch.autograd.backward(loss)
+
+
+class Replicas(Parallel):
+    """A copy of the model on every rank.
+
+    A parameter that no rank uses in a step keeps no gradient; one that another rank uses has a gradient of zeros here.
+
+    Args:
+        parameters: The trained parameters, in the same order on every rank.
+        ranks: The process group.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.buckets = [list(bucket) for bucket in buckets(parameters[::-1])]  # the backward pass starts at the end
+        self._missing: list[int] = []
+        self._sent: list[dist.Work] = []
+        self._used: list[bool] = []
+        self._overlap = False
+        for number, bucket in enumerate(self.buckets):
+            for p in bucket:
+                p.register_post_accumulate_grad_hook(self._hook(number))
+
+    def _hook(self, number: int) -> Callable[[Tensor], None]:
+        def complete(_: Tensor) -> None:
+            if self._overlap:
+                self._missing[number] -= 1
+                while len(self._sent) < len(self.buckets) and not self._missing[len(self._sent)]:
+                    self._send()
+
+        return complete
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._missing = [len(bucket) for bucket in self.buckets]
+        self._sent, self._used, self._overlap = [], [], last
+        super().backward(loss, last)
+        self._overlap = False
+        if not last:
+            return
+        while len(self._sent) < len(self.buckets):
+            self._send()
+        for work in self._sent:
+            self.ranks.finish(work)
+        parameters = [p for bucket in self.buckets for p in bucket]
+        for p, count in zip(parameters, self.ranks.sum_numbers(*self._used), strict=True):
+            if not count:
+                p.grad = None
+
+    def _send(self) -> None:
+        """Start to sum the next bucket. Its gradients become views of one tensor, which is summed in place."""
+        bucket = self.buckets[len(self._sent)]
+        self._used += [p.grad is not None for p in bucket]
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket])
+        for p, piece in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+            p.grad = piece.view_as(p)
+        self._sent.append(self.ranks.begin_sum(flat))
+
+
+def buckets(tensors: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield consecutive tensors of one dtype, together at most BUCKET_BYTES (a larger tensor is alone)."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for x in tensors:
+        if bucket and (size + x.nbytes > BUCKET_BYTES or x.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(x)
+        size += x.nbytes
+    if bucket:
+        yield bucket

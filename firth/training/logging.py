@@ -11,7 +11,7 @@ metrics.jsonl has one JSON object per line:
     seconds     training time, without evaluation and checkpoints
     tokens      tokens read so far, without padding
     flops       counted work so far (`firth.model.flops`)
-    mfu         model FLOPs utilization: `flops_per_second` over the machine's peak (`firth.training.speed`)
+    mfu         model FLOPs utilization: `flops_per_second` over the machine's peak (`firth.training.device`)
     loss        sum of the objective's loss terms, each a mean over its labels in this step, not smoothed. With several terms,
                 each one is also logged as `loss/TERM`; other metrics have their own names
     norm        gradient norm before clipping

@@ -1,4 +1,4 @@
-"""One training step, and the held-out loss.
+"""One training step and its batches, and the held-out loss.
 
 The training step: loss, backward pass and gradient accumulation, for every objective.
 
@@ -12,26 +12,81 @@ Validation: the mean of each loss term and metric over all labels, and bits per 
 Bits per byte do not depend on the tokenizer, so runs with different vocabularies can be compared:
 
     bits per byte = (nats per token / ln 2) * (tokens / bytes)
+
+Batches of the next step are built in a thread while the current step runs. They are a function of the step, so losses are the same
+bit for bit, and a batch that was built but not trained on is built again after a resume. Sources that depend on the current model
+(`Source.on_policy`) are read after the previous step instead.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from firth.data.collate import counted_fields
-from firth.training.data_parallel import Parallel
+from firth.training.distributed import Parallel
 from firth.types import IGNORE, Batch, Outputs, UserError, with_host_copy
 
 if TYPE_CHECKING:
     from firth.model.model import LM
     from firth.objectives.objective import Objective
+
+
+class Prefetcher:
+    """Builds the batches of a step ahead of time.
+
+    A context manager: its thread ends on exit, after the batch that it is building.
+
+    Args:
+        make: Step -> its batches; a function of the step only that no other thread calls at the same time.
+        enabled: Whether batches are built ahead; if False, `take` builds them.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]], enabled: bool = True) -> None:
+        self._make, self._enabled = make, enabled
+        self._thread = ThreadPoolExecutor(1, "firth-batches", initializer=use_one_thread)
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> list[Batch]:
+        """Return the batches of a step, or raise the exception of the thread that built them."""
+        if self._next is None or self._next[0] != step:
+            return self._make(step)
+        future, self._next = self._next[1], None
+        return future.result()
+
+    def begin(self, step: int) -> None:
+        """Start to build the batches of a step."""
+        if self._enabled:
+            self._next = step, self._thread.submit(self._make, step)
+
+
+def use_one_thread() -> None:
+    """Let torch use one thread for operations of the calling thread only.
+
+    `torch.set_num_threads` would also affect MKL and later threads; OpenMP's own setting is per thread.
+    """
+    torch.get_num_threads()  # torch sets the number of a thread at its first call there, and only then
+    set_threads = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
+    if set_threads is not None:
+        set_threads(1)
 
 
 SINGLE = Parallel()
@@ -169,6 +224,27 @@ def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str,
     ratios = {name: metric.ratio for name, metric in objective.metrics.items() if metric.ratio is not None}
     rest |= {name: means[top] / means[bottom] for name, (top, bottom) in ratios.items() if means[bottom]}
     return {"loss": sum(means[t] for t in terms)} | by_term | rest
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """A step whose numbers are on the device.
+
+    Args:
+        step: Optimizer steps, this one included.
+        tokens: Tokens read so far.
+        flops: Counted work so far.
+        rate: The learning rate.
+        names: The terms of the loss and the metrics.
+        numbers: Their means, the norm of the gradient, and whether the step was skipped (1 or 0).
+    """
+
+    step: int
+    tokens: int
+    flops: float
+    rate: float
+    names: tuple[str, ...]
+    numbers: Tensor
 
 
 def to(batch: Batch, device: torch.device) -> Batch:

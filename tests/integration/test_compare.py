@@ -16,7 +16,7 @@ from firth.compare import compare as compare_module
 from firth.compare.compare import ComparisonConfig, compare
 from firth.compare.probe_dataset import draw_probe, questions
 from firth.compare.report import METRICS, Interval, Score, differences, gains, markdown, paired, result_row
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import LabeledConfig
 from firth.data.split import content_key
 from firth.data.token_store import TokenStore

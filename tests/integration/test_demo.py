@@ -17,7 +17,7 @@ import pytest
 from firth.align.rewards import PreferencePairs, read_preference_pairs
 from firth.data.dialogues import PreferencesConfig
 from firth.data.records import Records
-from firth.demo import data, scorers
+from firth.demo import data
 from firth.demo.data import DatasetInfo, read_rows, sample_balanced
 from firth.runs.recipe import load
 from firth.runs.run import run
@@ -179,8 +179,8 @@ def test_questions_statements_and_balance() -> None:
 
 
 def test_true_rewards_prefer_what_they_describe() -> None:
-    assert scorers.brief("I will come to you.") > scorers.brief("I will come to you")
-    assert scorers.brief("word " * 60 + ".") < 0.1
-    assert scorers.thou("Thou art my friend.") > scorers.thou("You are my friend.")
-    many = scorers.thou("thou thee thy thine hast dost art wilt.")
-    assert many <= scorers.thou("thou shalt hear thy brother speak tonight.")
+    assert data.brief("I will come to you.") > data.brief("I will come to you")
+    assert data.brief("word " * 60 + ".") < 0.1
+    assert data.thou("Thou art my friend.") > data.thou("You are my friend.")
+    many = data.thou("thou thee thy thine hast dost art wilt.")
+    assert many <= data.thou("thou shalt hear thy brother speak tonight.")

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from firth.training.checkpoint import load
-from firth.training.data_parallel import BUCKET_BYTES, buckets
-from firth.training.distributed import Ranks
+from firth.training.distributed import BUCKET_BYTES, Ranks, buckets
 from tests.support import train_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +76,16 @@ def test_losses_equal_those_of_one_process(outcomes: tuple[Path, Path]) -> None:
 def test_a_step_with_nan_on_one_rank_is_skipped_by_all(outcomes: tuple[Path, Path]) -> None:
     found = results(outcomes[1])
     assert (found["skipped"], found["max_difference"], found["finite"]) == (1, 0.0, True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_infinite_gradients_are_skipped_without_a_read(outcomes: tuple[Path, Path], world: int) -> None:
+    """The decision of the device: the same skipped steps and weights as if the host had read every step."""
+    found = results(outcomes[world - 1])["late"]
+    assert len(found) == 2 * world
+    for name, (skipped, steps, difference) in found.items():
+        assert (skipped, steps) == (1, 2), name
+        assert difference <= (0.0 if "adamw" in name and world > 1 else 1e-5), name
 
 
 def test_a_gradient_of_one_rank_reaches_all_ranks(outcomes: tuple[Path, Path]) -> None:

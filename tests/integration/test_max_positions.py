@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from firth.align.rollouts import RolloutsConfig
-from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig, PositionConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import EmbeddingConfig, EncoderConfig, PositionConfig
 from firth.model.model import LM
 from firth.objectives import find as objective
 from firth.pretrained.load_save import save_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.source import Source
 from firth.data.windows import WindowsConfig
 from firth.runs import examples

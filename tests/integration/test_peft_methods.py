@@ -25,11 +25,10 @@ from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective, forward_flops
 from firth.peft import lora
-from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import init_from, load_model
 from firth.runs import config_io
 from firth.runs.inference import evaluate_run
-from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, LoRA
+from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, LoRA, prefix_of, prompt_of
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
 from firth.tokenizer.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.evaluate.prompting.local_model import LocalModel
 from firth.evaluate.prompting.requests import Reply, Request, ScoreReply, ScoreRequest
+from firth.evaluate.prompting.responders import LocalModel
 from firth.model.config import decoder_config
 from firth.model.heads import LMHead
 from firth.model.model import LM

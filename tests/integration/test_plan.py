@@ -19,8 +19,8 @@ from firth.runs import config_io
 from firth.runs.estimate import prepared
 from firth.runs.recipe import load
 from firth.scaling import plan as plan_module
+from firth.scaling.fit import ComputeRule, LossLaw, RepeatLaw
 from firth.scaling.fitted import FittedLaw
-from firth.scaling.laws import ComputeRule, LossLaw, RepeatLaw
 from firth.scaling.plan import default_law, plan_run, plan_runs
 from firth.scaling.text import frequent_share, of_vocabulary, prepared_with_vocabulary
 from firth.types import UserError

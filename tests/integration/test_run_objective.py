@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.perplexity import scoring_mode
 from firth.evaluate.task import load_evaluated_model
+from firth.generate.scoring import scoring_mode
 from firth.runs.inference import fill_text, open_run
 from firth.runs.recipe import load
 from firth.runs.run import RunResult, run

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from firth.model.flops import num_parameters
 from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.scaling.sizes import scaled
@@ -172,7 +173,7 @@ def test_a_diverged_point_is_a_row_without_a_loss(tmp_path: Path) -> None:
 def test_every_family_has_sizes(name: str) -> None:
     recipe = load(name)
     assert recipe.model is not None
-    counts = [scaled(recipe, width).model.num_parameters() for width in (32, 64, 128, 256)]  # type: ignore[union-attr]
+    counts = [num_parameters(scaled(recipe, width).model) for width in (32, 64, 128, 256)]  # type: ignore[union-attr]
     assert counts == sorted(counts) and counts[0] < counts[1]
     same = scaled(recipe, recipe.model.hidden_size)
     assert same.model == recipe.model and same.optimizer.lr == recipe.optimizer.lr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firth.corpora.readers import Document
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.token_store import TokenStore
 from firth.data.windows import ChunksConfig, Documents, SegmentPairsConfig
 from firth.objectives.masked_lm import MLM

@@ -11,8 +11,7 @@ import pytest
 
 from firth.data.records import Records
 from firth.data.split import content_key
-from firth.evaluate import glue
-from firth.evaluate.evaluate import evaluate
+from firth.evaluate.evaluate import evaluate, glue_board
 from firth.evaluate.heads import by_question
 from firth.evaluate.predict import predict
 from firth.runs.inference import evaluate_run, held_out_measures
@@ -343,9 +342,9 @@ def test_glue_from_its_runs(tmp_path: Path, tokens: Path) -> None:
     assert score["score"] == pytest.approx(50 * (found["accuracy"] + matthews))
     assert score["tasks"] == ["mnli", "cola"] and len(score["missing_tasks"]) == 7
     with pytest.raises(UserError, match="another run has the task cola already"):
-        glue.board([cola.directory, cola.directory], evaluate)
+        glue_board([cola.directory, cola.directory], evaluate)
     with pytest.raises(UserError, match="this is not a run of a GLUE recipe"):
-        glue.board([tmp_path], evaluate)
+        glue_board([tmp_path], evaluate)
 
 
 def test_invalid_class_weights_are_rejected() -> None:

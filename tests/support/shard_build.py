@@ -20,8 +20,8 @@ import torch
 
 from bench.harness import reset_peak, resident
 from firth.model.config import ModelConfig, decoder_config
-from firth.model.deferred_init import record_init
 from firth.model.heads import LMHead
+from firth.model.init import record_init
 from firth.model.model import LM
 from firth.model.shard_tensors import gathered, local
 from firth.pretrained.load_save import init_from

@@ -25,7 +25,7 @@ from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import Batches
 from firth.data.source import Source
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
-from firth.model.deferred_init import record_init
+from firth.model.init import record_init
 from firth.model.model import LM, compile_blocks
 from firth.model.shard_tensors import gathered
 from firth.objectives.causal_lm import CausalLM
@@ -34,11 +34,11 @@ from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import PPO
 from firth.objectives.preferences import DPO
 from firth.objectives.replaced_tokens import RTD
+from firth.objectives.semi_supervised import WeightPenalty
 from firth.objectives.seq2seq import SpanCorruption
 from firth.objectives.sft import SFT
 from firth.peft import lora
-from firth.training.data_parallel import Parallel, Replicas
-from firth.training.distributed import DistributedConfig, Ranks, join
+from firth.training.distributed import DistributedConfig, Parallel, Ranks, Replicas, join
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.sharding import Shards
 from firth.training.step import SINGLE, step, validate
@@ -103,6 +103,13 @@ CASES = {
     "span-corruption": Case(SpanCorruption(), SEQ2SEQ),
     "sft": Case(SFT(), DECODER, dialogue),
     "dpo": Case(DPO(), DECODER, comparison),
+    "weight-penalty": Case(CausalLM() + WeightPenalty(weight=0.01), DECODER),
+    "weight-penalty-shared-blocks": Case(
+        MLM() + WeightPenalty(weight=0.01),
+        ENCODER.with_fields({"num_layer_groups": 1, "norm.first_attention": True}),
+        special_tokens_text,
+        checkpointing=True,
+    ),
     "lora": Case(CausalLM(), DECODER, lora=True),
     "ppo": Case(PPO(), DECODER),
 }

@@ -37,7 +37,7 @@ def test_skips_are_counted_by_their_reason() -> None:
 
 def test_a_skip_for_data_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(catalog, "cache", lambda: tmp_path)
+    monkeypatch.setattr(catalog, "cache_directory", lambda: tmp_path)
     for get in (minilm, lambda: large(LLAMA)):
         with pytest.raises(pytest.skip.Exception, match=r"data that only CI fetches: run .*`CI=1 make test` once"):
             get()

@@ -12,7 +12,7 @@ import pytest
 
 from firth import objectives
 from firth.compare.compare import ComparisonConfig
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.fields import MAX_INT, Validated, check_fields
 from firth.generate.sampling import Sampling
 from firth.objectives.classification import Classification

@@ -1,12 +1,14 @@
 """Imports between packages go in one direction; the imports are read from the source with `ast`.
 
-Imports under `if TYPE_CHECKING:` only name types and run nothing; only the last two rules apply to them.
+Imports under `if TYPE_CHECKING:` only name types and run nothing; the lists of what a package may import do not apply to them.
 """
 
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "firth"
 
 BELOW = {
-    "firth": ("openmp",),
+    "firth": ("openmp", "types"),
     "openmp": (),
     "types": (),
     "io": ("types",),
@@ -46,7 +48,7 @@ BELOW = {
     "report": ("types", "io"),
     "doctor": ("types", "openmp", "kernel_choice", "model", "objectives.word2vec", "training", "generate"),
 }
-"""Package -> what it may import besides itself and `firth.__version__`. The others are in ABOVE."""
+"""Package -> what it may import besides itself. The others are in ABOVE."""
 
 ABOVE = {
     "runs": ("pipelines", "recipes", "compare", "scaling", "sweep", "serve", "demo", "cli", "api"),
@@ -151,10 +153,45 @@ def modules() -> dict[str, Path]:
     return names
 
 
+def graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return module -> modules that it imports when it is imported, or names types of."""
+    return {
+        module: {
+            name
+            for one in imports(source)
+            if one.top
+            for name in [one.name if one.name in sources else one.name.rpartition(".")[0]]
+            if name in sources and name != module
+        }
+        for module, source in sources.items()
+    }
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Return modules that import one another in a circle; [] if there are none."""
+    try:
+        TopologicalSorter(graph(sources)).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_down_only(module):
     assert faults(module, modules()[module].read_text(encoding="utf-8")) == []
+
+
+def test_no_circle_of_imports_or_of_types():
+    assert circle({module: path.read_text(encoding="utf-8") for module, path in modules().items()}) == []
+
+
+def test_a_circle_is_found():
+    a, types = "from firth.b import B", "if TYPE_CHECKING:\n    from firth import a"
+    assert set(circle({"firth.a": a, "firth.b": types})) == {"firth.a", "firth.b"}
+    assert circle({"firth.a": a, "firth.b": "def f():\n    from firth import a"}) == []
+    assert circle({"firth.a": a, "firth.b": "import torch"}) == []
 
 
 def test_every_package_has_its_place():
@@ -200,7 +237,7 @@ def test_a_forbidden_import_is_found(module, source):
         ("firth.training.step", "from firth.objectives.objective import Objective"),
         ("firth.cli", "def train():\n    import torch\n    from firth.runs.run import run"),
         ("firth.demo.demo", "from firth.runs.recipe import load"),
-        ("firth.report.run_report", "from firth import __version__"),
+        ("firth.report.run_report", "from firth.types import VERSION"),
     ],
 )
 def test_allowed_imports_are_accepted(module, source):

@@ -20,8 +20,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from firth.evaluate.prompting.aggregates import Counts, class_counts, value_of
-from firth.evaluate.prompting.answers import SAMPLE_FILTERS, TEXT_METRICS, FilterChain, apply_filters
+from firth.evaluate.prompting.metrics import (
+    SAMPLE_FILTERS,
+    TEXT_METRICS,
+    Counts,
+    FilterChain,
+    apply_filters,
+    bleu_counts,
+    class_counts,
+    value_of,
+)
 from firth.evaluate.prompting.prompts import (
     STEP_BY_STEP,
     THEREFORE,
@@ -42,7 +50,6 @@ from firth.evaluate.prompting.requests import (
     ScoreRequest,
     sample_seed,
 )
-from firth.evaluate.text_overlap import bleu_counts
 from firth.types import UserError
 
 OutputType = Literal["multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling"]

@@ -1,7 +1,7 @@
 """Requests to a model and its replies: the log-probability of a continuation, or a generated text.
 
 Everything that an evaluation wants of a model is one of the two, so that requests of all tasks can be batched, cached and
-sent to a model on another server (`firth.evaluate.prompting.endpoint`).
+sent to a model on another server (`firth.evaluate.prompting.responders`).
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from firth.evaluate.prompting.aggregates import jackknife_error, value_of
 from firth.evaluate.prompting.contamination import Contamination
+from firth.evaluate.prompting.metrics import jackknife_error, value_of
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import Reply, ReplyCache, Request, Responder
 from firth.types import UserError

@@ -30,11 +30,10 @@ from typing import Any
 import yaml
 
 from firth.corpora.readers import nearest, records
-from firth.evaluate.prompting.answers import Filter, FilterChain, check_filter
-from firth.evaluate.prompting.bigbench import read_bigbench
-from firth.evaluate.prompting.natural_instructions import NAME, read_natural_instructions
+from firth.evaluate.prompting.metrics import Filter, FilterChain, check_filter
 from firth.evaluate.prompting.prompt_task import METRICS, OUTPUT_TYPES, MetricConfig, PromptTask
 from firth.evaluate.prompting.prompts import Item, check_template, render_value, without_lone_surrogates
+from firth.evaluate.prompting.task_formats import NAME, read_bigbench, read_natural_instructions
 from firth.io.yaml_files import read_yaml
 from firth.types import UserError
 

@@ -10,13 +10,12 @@ from firth.data.conversations import comparison, messages_of
 from firth.evaluate.prompting.task_files import builtin_names
 from firth.evaluate.task import EvaluatedModel, Task
 from firth.evaluate.tasks.classification import CLASSIFICATION
-from firth.evaluate.tasks.generation import GENERATION, can_generate
+from firth.evaluate.tasks.generation import GENERATION, SUMMARIZATION, TRANSLATION, can_generate
 from firth.evaluate.tasks.multiple_choice import MULTIPLE_CHOICE
 from firth.evaluate.tasks.option_scoring import OPTION_SCORING
 from firth.evaluate.tasks.preferences import PREFERENCES
 from firth.evaluate.tasks.question_answering import QUESTION_ANSWERING
 from firth.evaluate.tasks.regression import REGRESSION
-from firth.evaluate.tasks.text_generation import SUMMARIZATION, TRANSLATION
 from firth.evaluate.tasks.token_classification import TOKEN_CLASSIFICATION
 from firth.io import user_code
 from firth.types import UserError

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.labeled import LabeledConfig, TextsConfig
 from firth.data.records import Records
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, HeadTask, softmax
+from firth.evaluate.heads import HeadOutput, softmax
 from firth.evaluate.prediction_inputs import FormField, InputSchema
-from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task, most_likely
+from firth.evaluate.task import Answers, EvaluatedModel, HeadTask, MetricFunction, Progress, Task, most_likely
 from firth.model.heads import describe_head, num_outputs
 from firth.objectives.classification import Classification, Readout, readout_of
 from firth.pretrained import load_save

@@ -10,9 +10,9 @@ import numpy as np
 from firth.data.labeled import MultipleChoiceConfig
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, HeadTask, softmax
+from firth.evaluate.heads import HeadOutput, softmax
 from firth.evaluate.prediction_inputs import FormField, InputSchema
-from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task, most_likely
+from firth.evaluate.task import Answers, EvaluatedModel, HeadTask, Progress, Task, most_likely
 from firth.evaluate.tasks.classification import check_head, readout_position
 from firth.objectives.classification import MultipleChoice
 from firth.types import UserError

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from firth.data.question_answering import QuestionsConfig, has_unanswerable, question_of
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, HeadTask, by_question
+from firth.evaluate.heads import HeadOutput, by_question
 from firth.evaluate.prediction_inputs import FormField, InputSchema
-from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
+from firth.evaluate.task import Answers, EvaluatedModel, HeadTask, Progress, Task
 from firth.evaluate.tasks.classification import check_head, readout_position
 from firth.objectives.token_tasks import QuestionAnswering
 from firth.types import UserError

@@ -11,8 +11,8 @@ from typing import Any
 from firth.data.labeled import ScoredConfig
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, HeadTask
-from firth.evaluate.task import Answers, EvaluatedModel, Progress, Task
+from firth.evaluate.heads import HeadOutput
+from firth.evaluate.task import Answers, EvaluatedModel, HeadTask, Progress, Task
 from firth.evaluate.tasks.classification import check_head, form, input_schema, readout_position
 from firth.objectives.classification import Regression
 

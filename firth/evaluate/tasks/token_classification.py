@@ -14,9 +14,9 @@ from firth.data.labeled import TaggedConfig, written
 from firth.data.labels import has_spans, to_bio2
 from firth.data.records import Records
 from firth.evaluate import metrics
-from firth.evaluate.heads import HeadOutput, HeadTask, softmax
+from firth.evaluate.heads import HeadOutput, softmax
 from firth.evaluate.prediction_inputs import FormField, InputSchema
-from firth.evaluate.task import Answers, EvaluatedModel, MetricFunction, Progress, Task
+from firth.evaluate.task import Answers, EvaluatedModel, HeadTask, MetricFunction, Progress, Task
 from firth.evaluate.tasks.classification import check_head, class_names
 from firth.objectives.token_tasks import TokenClassification
 

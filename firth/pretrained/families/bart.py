@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import EncoderConfig, LMHeadConfig, ModelConfig, NormConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import EncoderConfig, LMHeadConfig, NormConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import (
     Family,

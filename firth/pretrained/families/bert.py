@@ -29,7 +29,8 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig
 from firth.model.heads import linear, pooled
 from firth.pretrained.families.family import (
     Family,

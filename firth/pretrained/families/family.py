@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firth.model.config import ModelConfig, RopeConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import RopeConfig
 from firth.model.init import init_empty_weights
 from firth.types import UserError
 

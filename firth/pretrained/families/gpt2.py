@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from firth.model.config import ModelConfig, NormConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import NormConfig
 from firth.model.heads import linear
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import (

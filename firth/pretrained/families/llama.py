@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import ModelConfig, NormConfig, PositionConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import (
     Family,

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from firth.model.block import make_norm
-from firth.model.config import LMHeadConfig, ModelConfig, NormConfig, PositionConfig, RopeConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import LMHeadConfig, NormConfig, PositionConfig, RopeConfig
 from firth.model.heads import linear
 from firth.pretrained.families.family import (
     Family,

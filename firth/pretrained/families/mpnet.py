@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import LMHeadConfig, ModelConfig, NormConfig, PositionConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import LMHeadConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, WeightMapping, activation, module_mappings
 from firth.types import UserError

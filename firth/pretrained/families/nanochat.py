@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import AttentionConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig, RopeConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import AttentionConfig, LMHeadConfig, NormConfig, PositionConfig, RopeConfig
 from firth.pretrained.families.family import Family, WeightMapping, activation, module_mappings, rope_fields, theta
 
 ACTIVATIONS = {"relu2": "relu2", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from firth.model.config import AttentionConfig, EncoderConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import AttentionConfig, EncoderConfig, LMHeadConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings
 

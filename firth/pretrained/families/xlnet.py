@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from firth.model.config import AttentionConfig, EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import AttentionConfig, EmbeddingConfig, LMHeadConfig, NormConfig, PositionConfig
 from firth.pretrained.families import bert
 from firth.pretrained.families.bert import ACTIVATIONS
 from firth.pretrained.families.family import Family, HeadSpec, WeightMapping, activation, module_mappings

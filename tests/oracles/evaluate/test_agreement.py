@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from firth.evaluate.agreement import cohen_kappa, fleiss_kappa
+from firth.evaluate.ratings import cohen_kappa, fleiss_kappa
 
 metrics = pytest.importorskip("sklearn.metrics", reason="the oracle; installed with the test extra")
 

@@ -10,8 +10,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from firth.data.collate import collate
 from firth.evaluate.evaluate import evaluate
-from firth.evaluate.perplexity import MASKED_LIMIT, leading_bos
+from firth.evaluate.perplexity import leading_bos
 from firth.evaluate.task import load_evaluated_model, most_likely
+from firth.evaluate.tasks.likelihood import MASKED_LIMIT
 from firth.evaluate.tasks.option_scoring import encode
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM

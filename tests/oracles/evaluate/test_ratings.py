@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.data.rankings import RankingsConfig
+from firth.data.dialogues import RankingsConfig
 from firth.data.records import Records
 from firth.evaluate.ratings import Votes, agreement, bradley_terry, elo, rate, read_votes, write_rankings
 from firth.types import UserError

@@ -11,7 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from firth.data.labels import names, to_bio2
-from firth.evaluate import glue, metrics
+from firth.evaluate import evaluate, metrics
 from firth.evaluate.heads import MAX_ANSWER_TOKENS, best_span
 from firth.evaluate.predict import predict
 from firth.model.config import encoder_decoder_config
@@ -158,13 +158,15 @@ def test_a_missing_library_is_named() -> None:
 
 
 def test_the_glue_score() -> None:
-    found = {name: dict.fromkeys(numbers, 0.8) for name, numbers in glue.TASK_METRICS.items()}
-    assert glue.score(found) == pytest.approx(80)
-    assert glue.score(found | {"mnli": {"accuracy": 0.8, "accuracy_mismatched": 0.6}}) == pytest.approx(80 - 10 / 9)
+    found = {name: dict.fromkeys(numbers, 0.8) for name, numbers in evaluate.GLUE_METRICS.items()}
+    assert evaluate.glue_score(found) == pytest.approx(80)
+    assert evaluate.glue_score(found | {"mnli": {"accuracy": 0.8, "accuracy_mismatched": 0.6}}) == pytest.approx(
+        80 - 10 / 9
+    )
     with pytest.raises(UserError, match="no task 'ax'"):
-        glue.score({"ax": {"accuracy": 1.0}})
+        evaluate.glue_score({"ax": {"accuracy": 1.0}})
     with pytest.raises(UserError, match="cola is scored by matthews"):
-        glue.score({"cola": {"accuracy": 1.0}})
+        evaluate.glue_score({"cola": {"accuracy": 1.0}})
 
 
 def test_foreign_classifiers_with_other_readouts_are_refused(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from firth.evaluate.prompting.aggregates import class_counts, value_of
-from firth.evaluate.text_overlap import bleu, bleu_counts, rouge_l, rouge_lsum, rouge_n
+from firth.evaluate.prompting.metrics import bleu, bleu_counts, class_counts, rouge_l, rouge_lsum, rouge_n, value_of
 
 WORDS = [
     "the", "cat", "sat", "on", "a", "mat", ",", ".", "!", "$5", "1,000", "3.5%", "don't", '"quoted"', "naïve", "—", "A", "\n", " . ",

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model.config import (
+from firth.model.config import ModelConfig
+from firth.model.config_groups import (
     AttentionConfig,
     EmbeddingConfig,
     EncoderConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
 )
@@ -24,8 +24,8 @@ from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
 from firth.peft.lora import LoraConfig
-from firth.peft.prefix_init import prefix_of
 from firth.pretrained.load_save import load_model, save_model
+from firth.runs.peft_options import prefix_of
 from firth.types import UserError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")

@@ -13,8 +13,8 @@ from torch import Tensor
 from firth.model.model import LM
 from firth.peft import adapter_files, lora
 from firth.peft.lora import LoraConfig
-from firth.peft.prefix_init import prefix_of, prompt_of
 from firth.pretrained.load_save import load_model
+from firth.runs.peft_options import prefix_of, prompt_of
 
 transformers = pytest.importorskip("transformers", reason="the oracle; installed with the test extra")
 peft = pytest.importorskip("peft", reason="the oracle; installed with the test extra")

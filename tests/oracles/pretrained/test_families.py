@@ -11,7 +11,8 @@ import torch
 
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import PositionConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.pretrained.families import FAMILIES, family_of

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from firth.data.collate import collate, counted_fields
-from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from firth.io.safetensors import DTYPES, Storage, read_tensors
-from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import PositionConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama

@@ -33,7 +33,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import GRPO, PER_TOKEN, PPO, Reinforce
 from firth.objectives.preferences import DPO, build_comparison, ref_logprobs
 from firth.objectives.reward_model import RewardModeling
-from firth.report.overoptimization import gao_fit, parting
+from firth.report.sections import gao_fit, parting
 from firth.training.step import step
 from firth.types import UserError
 from tests.support.byte_tokenizer import ByteTokenizer

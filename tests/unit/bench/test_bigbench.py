@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from bench.interop.bigbench import RandomModel
-from firth.evaluate.prompting.bigbench import read_bigbench
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.runner import run_tasks
+from firth.evaluate.prompting.task_formats import read_bigbench
 
 
 def test_the_random_model_replies_to_tasks(tmp_path: Path) -> None:

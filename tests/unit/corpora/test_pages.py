@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from firth.corpora.pages import html_pages, html_text, manual_pages, manual_text
+from firth.corpora.reference_works import html_pages, html_text, manual_pages, manual_text
 
 PAGE = """<html><head><title>Aide</title><style>p {}</style></head><body>
 <header><p>LibreOffice</p></header><ul class="docnav"><li>Suivant</li></ul>

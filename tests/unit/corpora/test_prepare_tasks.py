@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from firth.corpora import dictionary, prepare
+from firth.corpora import prepare, reference_works
 from firth.types import UserError
 
 
@@ -104,7 +104,7 @@ def test_entries_of_a_dictionary(tmp_path: Path) -> None:
         "Baths \\Baths\\, n.\n   pl. of bath.\n\nX-ray \\X-ray\\, n.\n   See {Ray}.\n"
     )
     file = io.BytesIO(gzip.compress(text.encode()))
-    assert dictionary.write_dictionary([("gcide.dict.dz", file)], tmp_path) == "2 entries in gcide.jsonl"
+    assert reference_works.write_dictionary([("gcide.dict.dz", file)], tmp_path) == "2 entries in gcide.jsonl"
     assert rows(tmp_path / "gcide.jsonl") == [
         {"text": "Bathe: To wash by immersion."}, {"text": "Baths: pl. of bath."},
     ]  # fmt: skip

@@ -15,7 +15,8 @@ from firth.data.collate import Batches, build_examples, collate, first_fit, pack
 from firth.data.shuffle import ExampleRNG
 from firth.data.windows import ChunksConfig, Documents
 from firth.model.attention import AttentionMask
-from firth.model.config import EncoderConfig, ModelConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import EncoderConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM

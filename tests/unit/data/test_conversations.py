@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from firth.corpora.readers import records
-from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.conversations import comparison, messages_of, prompt_of, unpaired
-from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig, ranking
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
-from firth.data.rankings import ranking
 from firth.data.records import Records
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.tokenizer.chat import Message
 from firth.types import UserError
 from tests.support.tiny_corpus import tokenizer

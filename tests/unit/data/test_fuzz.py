@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from firth.corpora import readers
-from firth.data.annotations import MultiAnnotatorConfig
 from firth.data.conversations import comparison, messages_of, prompt_of
 from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
 from firth.data.records import Records, RecordsConfig
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.io.yaml_files import parse_yaml
 from firth.runs import config_io
 from firth.runs.recipe import Recipe, published

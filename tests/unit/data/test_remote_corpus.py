@@ -17,7 +17,7 @@ import torch
 from firth.corpora import remote
 from firth.corpora.input_files import ReadStats
 from firth.corpora.remote import Address
-from firth.data import prepare_corpus, remote_arrays, stored_arrays
+from firth.data import prepare_corpus, stored_arrays
 from firth.data.collate import Batches
 from firth.data.corpus import PreparedCorpus, is_corpus, open_stores
 from firth.data.pieces import list_pieces
@@ -128,7 +128,7 @@ def test_a_corpus_is_read_over_http(folder: Path, served: str) -> None:
 @pytest.mark.parametrize("served", [SimpleHTTPRequestHandler], indirect=True)
 def test_a_server_without_spans_is_refused(folder: Path, served: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote_arrays, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(stored_arrays, "BLOCK_BYTES", 64)
     store = open_stores([f"{served}/corpus"], tokenizer())[0]
     with pytest.raises(UserError, match=r"tokens\.bin: this server does not send parts of a file"):
         store.tokens[0:4]
@@ -138,7 +138,7 @@ def test_blocks_are_asked_for_once_and_given_up(
     folder: Path, tmp_path: Path, requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 64 bytes: a read requests those it needs, neighbors at once; within the limit nothing is requested again."""
-    for module in (stored_arrays, remote_arrays):
+    for module in (stored_arrays, stored_arrays):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     small = tmp_path / "small"
     corpus(small / "corpus", sizes=(9, 9), held_out=0)
@@ -155,7 +155,7 @@ def test_blocks_are_asked_for_once_and_given_up(
     assert requested(0, 100) == [(0, 64), (128, 256)]
     part = store.manifest["tokens"] - len(expected) + int(store.offsets[9])
     assert requested(part + 1, part + 2) == [(0, 64)]
-    monkeypatch.setattr(remote_arrays, "CACHE_BYTES", 300)
+    monkeypatch.setattr(stored_arrays, "CACHE_BYTES", 300)
     view = store.tokens[0:32]
     assert requested(part + 40, part + 41) == [(64, 128)]  # the first part is given up
     assert requested(part + 40, part + 41) == []
@@ -170,7 +170,7 @@ def test_blocks_are_asked_for_once_and_given_up(
 
 def test_threads_read_the_same_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("CACHE_BYTES", 2000), ("REQUEST_BLOCKS", 2)):
-        monkeypatch.setattr(remote_arrays, name, value)
+        monkeypatch.setattr(stored_arrays, name, value)
     expected = np.asarray(open_stores([folder / "corpus"], tokenizer())[0].tokens)
     store, wrong = open_stores([in_memory(folder, "threads")], tokenizer())[0], []
 

@@ -14,12 +14,11 @@ import pytest
 
 from firth.align.rewards import PreferencePair, Rollout, SampledPreferencesConfig, write_preference_pairs
 from firth.corpora.readers import Document
-from firth.data.annotations import MultiAnnotatorConfig
-from firth.data.config import DataConfig
 from firth.data.dialogues import DialoguesConfig, PreferencesConfig, Seq2SeqConfig
-from firth.data.examples import ExamplesConfig
+from firth.data.examples import DataConfig, ExamplesConfig
 from firth.data.labeled import LabeledConfig, MultipleChoiceConfig, ScoredConfig, TaggedConfig
 from firth.data.question_answering import QuestionsConfig
+from firth.data.semi_supervised import MultiAnnotatorConfig
 from firth.data.source import Source
 from firth.data.split import MIN_RECORDS, content_key, held_out_keys, hold_out
 from firth.model.config import decoder_config

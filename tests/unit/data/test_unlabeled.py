@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from firth.data.config import DataConfig
-from firth.data.examples import DatasetSplits
-from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.examples import DataConfig, DatasetSplits
+from firth.data.semi_supervised import PartiallyLabeledConfig
 from firth.objectives.semi_supervised import Consistency
 from firth.runs.prepare import RunData
 from firth.tokenizer.tokenizer import Tokenizer

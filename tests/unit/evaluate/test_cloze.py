@@ -9,7 +9,7 @@ import torch
 from firth.corpora.readers import Document
 from firth.data.collate import collate
 from firth.data.token_store import TokenStore
-from firth.evaluate.cloze import ClozeItem, items, most_frequent_baseline, score
+from firth.evaluate.perplexity import ClozeItem, cloze_items, cloze_score, most_frequent_baseline
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM, PrefixLM
@@ -97,7 +97,7 @@ def test_the_score_equals_that_of_single_items(name: str) -> None:
             probabilities = logits.softmax(-1)
         right.append(int(probabilities.argmax()) == item.tokens[item.at])
         bits.append(-float(torch.log2(probabilities[item.tokens[item.at]])))
-    found = score(model, objective, questions, VOCAB)
+    found = cloze_score(model, objective, questions, VOCAB)
     assert found["accuracy"] == pytest.approx(np.mean(right))
     assert found["bits"] == pytest.approx(np.mean(bits), rel=1e-5)
     assert model.training
@@ -106,7 +106,7 @@ def test_the_score_equals_that_of_single_items(name: str) -> None:
 def test_objectives_without_token_prediction_have_no_score() -> None:
     objective = Classification(class_names=("a", "b"))
     config = encoder_config(**SIZES)
-    assert score(LM(config, objective.heads(config)), objective, [ClozeItem(TOKENS, 3)], VOCAB) == {}
+    assert cloze_score(LM(config, objective.heads(config)), objective, [ClozeItem(TOKENS, 3)], VOCAB) == {}
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ def tokenizer() -> Tokenizer:
 def test_items_are_fixed_and_spread_over_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = [Document(f"d{i}", "the king is dead and long live the queen " * 5) for i in range(40)]
     store = TokenStore.build(iter([*texts, Document("short", "the")]), tokenizer, tmp_path / "store")
-    found = items(store, tokenizer.vocab, count=25, length=32)
-    again = items(store, tokenizer.vocab, count=25, length=32)
+    found = cloze_items(store, tokenizer.vocab, count=25, length=32)
+    again = cloze_items(store, tokenizer.vocab, count=25, length=32)
     assert [(i.tokens.tolist(), i.at) for i in found] == [(i.tokens.tolist(), i.at) for i in again]
     assert 20 <= len(found) <= 25
     most_frequent = np.bincount(store.tokens).argmax()

@@ -30,9 +30,9 @@ from firth.model.model import LM
 from firth.objectives.classification import classification_head
 from firth.objectives.sft import Seq2SeqSFT
 from firth.pretrained.load_save import save_model
+from firth.runs.evaluation import Validator
 from firth.runs.recipe import EvalConfig, load
 from firth.runs.run import run
-from firth.runs.validation import Validator
 from firth.training.distributed import Ranks
 from firth.types import UserError
 from tests.support.messages import logged

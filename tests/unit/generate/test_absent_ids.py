@@ -17,14 +17,15 @@ from tokenizers import decoders, models, pre_tokenizers
 from firth.align.rewards import FunctionReward
 from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import collate
-from firth.data.config import DataConfig
-from firth.evaluate.perplexity import likelihood
+from firth.data.examples import DataConfig
 from firth.evaluate.task import load_evaluated_model
+from firth.evaluate.tasks.likelihood import likelihood
 from firth.generate import embeddings
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
-from firth.model.config import LMHeadConfig, ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import LMHeadConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.presets import llama

@@ -9,14 +9,8 @@ import torch
 from firth.generate import attention_maps as module
 from firth.generate.attention_maps import Text, attention_maps
 from firth.model.attention import AttentionMask, attend, attention_weights
-from firth.model.config import (
-    EncoderConfig,
-    ModelConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-    recurrent_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config_groups import EncoderConfig
 from firth.model.model import LM
 from firth.model.prefix import PrefixEncoder
 from firth.runs.loaded_model import MAX_ANSWER_TOKENS, Model

@@ -9,14 +9,8 @@ from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks, masked
 from firth.generate.output import StreamingOutput
 from firth.generate.sampling import Sampling
-from firth.model.config import (
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import NormConfig, PositionConfig
 from firth.model.model import LM
 from firth.tokenizer.train import train
 from firth.types import UserError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from firth.generate.logit_summary import summarize
+from firth.generate.native_kernels import summarize
 from firth.model import native
 
 WAYS = [

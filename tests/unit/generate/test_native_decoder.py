@@ -10,21 +10,18 @@ from torch import Tensor
 from firth import kernel_choice
 from firth.generate.decoding_batch import DecodingBatch, ReadPrompts, inference_mode, read_chunk, read_prompts
 from firth.generate.native_decoder import NativeDecoder
-from firth.generate.native_linear import few_rows
+from firth.generate.native_kernels import few_rows
 from firth.generate.quantized import quantize
 from firth.model import native
-from firth.model.config import (
+from firth.model.config import ModelConfig, decoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config_groups import (
     AttentionConfig,
     EmbeddingConfig,
     EncoderConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
     RopeConfig,
-    decoder_config,
-    encoder_decoder_config,
-    recurrent_config,
 )
 from firth.model.kv_cache import KVCache
 from firth.model.model import LM

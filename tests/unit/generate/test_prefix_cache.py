@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firth.generate.engine import Engine
-from firth.generate.prefix_cache import BLOCK, PrefixCache
 from firth.generate.sampling import Sampling
-from firth.generate.scheduler import GenerationRequest, Scheduler
+from firth.generate.scheduler import BLOCK, GenerationRequest, PrefixCache, Scheduler
 from firth.model.config import decoder_config
 from firth.model.kv_cache import KVCache
-from firth.peft.prefix_init import prefix_of
+from firth.runs.peft_options import prefix_of
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.models import random_model
 

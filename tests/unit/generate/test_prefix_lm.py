@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from firth.data.collate import collate
-from firth.evaluate.perplexity import TokenizedDocument, score, scoring_mode, strided
+from firth.evaluate.perplexity import TokenizedDocument, score, strided
 from firth.generate.decoding_batch import inference_mode, read_prompts, rectangle
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
-from firth.model.config import AttentionConfig, ModelConfig, PositionConfig, decoder_config, encoder_config
+from firth.generate.scoring import scoring_mode
+from firth.model.config import ModelConfig, decoder_config, encoder_config
+from firth.model.config_groups import AttentionConfig, PositionConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import PrefixLM
 from firth.pretrained.load_save import load_model, save_model

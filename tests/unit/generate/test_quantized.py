@@ -26,17 +26,9 @@ from firth.generate.quantized import (
 from firth.generate.sampling import Sampling
 from firth.generate.scheduler import Scheduler
 from firth.model import native
-from firth.model.config import (
-    AttentionConfig,
-    EmbeddingConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-    recurrent_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config_groups import AttentionConfig, EmbeddingConfig, NormConfig, PositionConfig
+from firth.model.flops import num_parameters
 from firth.model.model import LM
 from firth.pretrained.load_save import save_model
 from firth.runs import loaded_model
@@ -248,7 +240,7 @@ def test_memory_is_a_quarter() -> None:
         )
         model = random_model(config)
         fp32 = num_bytes(model)
-        assert fp32 == 4 * config.num_parameters()
+        assert fp32 == 4 * num_parameters(config)
         assert num_bytes(quantize(model, "fp32")) == fp32
         assert num_bytes(quantize(model, "bf16")) == fp32 // 2
         assert num_bytes(quantize(model, "int8")) < 0.28 * fp32

@@ -17,9 +17,10 @@ from firth.generate.quantized import quantize
 from firth.generate.sampling import Sampling
 from firth.generate.scheduler import GenerationRequest, Scheduler, Update
 from firth.model import native
-from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config import ModelConfig, decoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config_groups import PositionConfig
 from firth.model.model import LM
-from firth.peft.prefix_init import prefix_of, prompt_of
+from firth.runs.peft_options import prefix_of, prompt_of
 from firth.types import UserError
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.models import random_model, random_prompts

@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from firth.model import blocked_attention
+from firth.model import attention_kernels
 from firth.model.attention import AttentionMask, attend
 from firth.model.block import Attention, initialize
-from firth.model.config import (
-    AttentionConfig,
-    InitConfig,
-    ModelConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import AttentionConfig, InitConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM
@@ -84,7 +78,7 @@ CASES = {
 def test_every_mask_form_matches_the_rule(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, kind = CASES[name]
     document = fields.get("document_ids")
-    monkeypatch.setattr(blocked_attention, "ROWS", 4)  # several blocks, the last one short
+    monkeypatch.setattr(attention_kernels, "ROWS", 4)  # several blocks, the last one short
     torch.manual_seed(0)
     kv = 2 if way == "groups" else H
     q, k, v = (torch.randn(B, n, T, D, dtype=torch.float64, requires_grad=way != "read") for n in (H, kv, kv))

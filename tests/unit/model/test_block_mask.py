@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from firth.model.attention import AttentionMask, attend, mask_from_times
-from firth.model.block_mask import BLOCK, attend_packed, block_mask, packed_texts
+from firth.model.attention_kernels import BLOCK, attend_packed, block_mask, packed_texts
 from firth.types import ALL_DOCUMENTS, ALWAYS, NEVER
 
 B, T = 2, 300

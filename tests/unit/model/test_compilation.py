@@ -18,15 +18,8 @@ from torch import Tensor
 from firth import kernel_choice
 from firth.data.collate import collate
 from firth.model import model as model_module
-from firth.model.config import (
-    EmbeddingConfig,
-    ModelConfig,
-    NormConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-    word_vector_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, word_vector_config
+from firth.model.config_groups import EmbeddingConfig, NormConfig
 from firth.model.model import LM, MAX_RECOMPILES, _pass, compile_blocks
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM

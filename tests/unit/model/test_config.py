@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from firth.model.config import ModelConfig, NormConfig, PositionConfig, RopeConfig, decoder_config
+from firth.model.config import ModelConfig, decoder_config
+from firth.model.config_groups import NormConfig, PositionConfig, RopeConfig
 from firth.model.presets import PRESETS
 from firth.runs.recipe import load
 from firth.types import UserError

@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from firth.model.config import ModelConfig, PositionConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import PositionConfig
 from firth.model.flops import real_tokens, supervised_positions, work
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM

@@ -8,19 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from firth.model import blocked_attention, cross_entropy, fused
-from firth.model.config import (
+from firth.model import attention_kernels, cross_entropy, fused
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import (
     EmbeddingConfig,
     EncoderConfig,
     LMHeadConfig,
-    ModelConfig,
     NormConfig,
     PositionConfig,
     RopeConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
 )
+from firth.model.flops import num_parameters
 from firth.model.heads import LMHead
 from firth.model.model import LM
 from firth.model.positions import rope_angles, rotation
@@ -105,10 +103,10 @@ def test_project_is_linear(rows: int, biased: bool) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocked_attention(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked_attention, "ROWS", 2)
+    monkeypatch.setattr(attention_kernels, "ROWS", 2)
     q, k, v, bias = numbers(2, 2, 5, 3), numbers(2, 2, 5, 3) * 2, numbers(2, 2, 5, 3) + 1, numbers(1, 2, 5, 5)
     leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
-    assert gradcheck(lambda q, k, v, b: blocked_attention.attend(q, k, v, 0.4, causal, False, None, b), leaves)
+    assert gradcheck(lambda q, k, v, b: attention_kernels.attend(q, k, v, 0.4, causal, False, None, b), leaves)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -196,7 +194,7 @@ def test_a_tied_matrix_gets_both_gradients() -> None:
     )
     torch.manual_seed(0)
     model = LM(config, {"lm": LMHead(config)}).double()
-    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
     when = torch.arange(6)[None]
     batch = {"tokens": torch.randint(20, (1, 6)), "query_time": when, "key_time": when}
     labels = torch.randint(20, (6,))
@@ -243,7 +241,7 @@ def test_parameter_count_and_seed_of_a_config() -> None:
     ):
         torch.manual_seed(5)
         model = LM(config, {"lm": LMHead(config)})
-        assert sum(p.numel() for p in model.parameters()) == config.num_parameters(), config
+        assert sum(p.numel() for p in model.parameters()) == num_parameters(config), config
         torch.manual_seed(5)
         again = LM(config, {"lm": LMHead(config)})
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.model.attention import AttentionMask
-from firth.model.config import InitConfig, ModelConfig, encoder_config
-from firth.model.flops import stack_flops, work
+from firth.model.config import ModelConfig, encoder_config
+from firth.model.config_groups import InitConfig
+from firth.model.flops import num_parameters, stack_flops, work
 from firth.model.heads import describe_head, rebuild_head
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
@@ -75,7 +76,7 @@ def test_parameter_count_and_sharing(sharing: str) -> None:
         {"attention.linformer.k": 4, "attention.linformer.sharing": sharing}
     )
     model = LM(config, MLM().heads(config))
-    assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
     assert (
         model.stack.linformer.weight.shape[:2]
         == {"headwise": (3, 2), "key-value": (3, 1), "layerwise": (1, 1)}[sharing]

@@ -9,15 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.model import blocked_attention, flops, transformer
-from firth.model.config import (
-    EmbeddingConfig,
-    ModelConfig,
-    NormConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-)
+from firth.model import attention_kernels, flops, transformer
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import EmbeddingConfig, NormConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.fused import Dropout, dropout_mask
 from firth.model.model import LM
@@ -32,7 +26,7 @@ from firth.objectives.reward_model import RewardModeling
 from firth.objectives.semi_supervised import PseudoLabels
 from firth.objectives.sentence_pairs import NSP
 from firth.objectives.sft import SFT
-from firth.peft.prefix_init import prefix_of, prompt_of
+from firth.runs.peft_options import prefix_of, prompt_of
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, DataStats, Example
 
@@ -266,8 +260,8 @@ def test_attention_dropout_and_its_gradient(length: int, monkeypatch: pytest.Mon
         drawn.append(dropout_mask(like, p))
         return drawn[-1]
 
-    monkeypatch.setattr(blocked_attention, "dropout_mask", recorded)
-    out = blocked_attention.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
+    monkeypatch.setattr(attention_kernels, "dropout_mask", recorded)
+    out = attention_kernels.attend(q, k, v, 0.3, False, False, mask, None, 0.4)
     dropped = torch.cat([d.view(2, 3, -1, length) for d in drawn], 2)
     weights = (q @ k.mT * 0.3).masked_fill(~mask, float("-inf")).softmax(-1) * dropped
     torch.testing.assert_close(out, weights @ v)

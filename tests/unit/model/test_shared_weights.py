@@ -10,15 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from firth.model.block import Block
-from firth.model.config import (
-    EmbeddingConfig,
-    LMHeadConfig,
-    ModelConfig,
-    NormConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config
+from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig
+from firth.model.flops import num_parameters
 from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead
 from firth.model.model import LM, TiedSubmodel
@@ -63,7 +57,7 @@ def build(config: ModelConfig) -> LM:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_are_counted_exactly(name: str) -> None:
     model = build(CONFIGS[name])
-    assert CONFIGS[name].num_parameters() == sum(p.numel() for p in model.parameters())
+    assert num_parameters(CONFIGS[name]) == sum(p.numel() for p in model.parameters())
 
 
 def test_shared_blocks_match_copies() -> None:

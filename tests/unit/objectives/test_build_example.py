@@ -11,7 +11,8 @@ import torch
 from firth.data.collate import Batches, collate, counted_fields, pack
 from firth.data.source import Source
 from firth.data.windows import Documents, SegmentPairsConfig
-from firth.model.config import EmbeddingConfig, EncoderConfig, ModelConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import EmbeddingConfig, EncoderConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM, SBO

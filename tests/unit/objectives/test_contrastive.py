@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from firth.data.collate import collate, pack
-from firth.model.config import InitConfig, ModelConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import InitConfig
 from firth.model.model import LM
 from firth.objectives.contrastive import Contrastive, InfoNCE
 from firth.objectives.objective import Objective

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate
 from firth.data.noise import NOISES
 from firth.data.source import Source
-from firth.model.config import EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, encoder_config
+from firth.model.config import ModelConfig, encoder_config
+from firth.model.config_groups import EmbeddingConfig, LMHeadConfig, NormConfig
 from firth.model.model import LM
 from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.objective import Objective
 from firth.objectives.replaced_tokens import RTD, AdversarialRTD, sample_tokens
 from firth.objectives.sentence_pairs import NSP, SOP
 from firth.pretrained.load_save import load_model, save_model
+from firth.runs.build_model import init_head
 from firth.runs.compatibility import check_pattern
-from firth.runs.init_head import init_head
 from firth.tokenizer.vocab import Vocab
 from firth.training.logging import NullReporter
 from firth.training.optimizer import Optimizer, OptimizerConfig

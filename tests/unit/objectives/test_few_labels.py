@@ -13,14 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from firth.align.precompute import precompute
-from firth.data.annotations import MultiAnnotatorConfig, SimulatedAnnotators, SimulatedAnnotatorsConfig, majority
 from firth.data.collate import collate, pack
-from firth.data.config import DataConfig
+from firth.data.examples import DataConfig
 from firth.data.labeled import LabeledConfig
 from firth.data.records import Records
+from firth.data.semi_supervised import (
+    MultiAnnotatorConfig,
+    PartiallyLabeledConfig,
+    SimulatedAnnotators,
+    SimulatedAnnotatorsConfig,
+    choose_labeled,
+    majority,
+)
 from firth.data.source import MixtureSource, Source, SubsetSource, UnlabeledSource
-from firth.data.unlabeled import PartiallyLabeledConfig, choose_labeled
-from firth.model.config import InitConfig, ModelConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import InitConfig
 from firth.model.model import LM
 from firth.objectives.classification import Classification
 from firth.objectives.objective import Objective

@@ -25,7 +25,6 @@ from firth.data.source import Source
 from firth.objectives.causal_lm import BiLM, CausalLM
 from firth.objectives.classification import MultipleChoice
 from firth.objectives.contrastive import Contrastive
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, Sum, TokenObjective
 from firth.objectives.permuted_lm import MPNet
@@ -36,7 +35,7 @@ from firth.objectives.reward_model import Ranking
 from firth.objectives.semi_supervised import Consistency, MultiAnnotator, PseudoLabels
 from firth.objectives.sentence_pairs import NSP
 from firth.objectives.sft import SFT, Seq2SeqSFT
-from firth.objectives.token_tasks import TokenClassification
+from firth.objectives.token_tasks import LayerMixture, TokenClassification
 from firth.objectives.vae import VAE
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, NEVER, Example

@@ -14,14 +14,14 @@ from firth.data.collate import collate, label_fields_of
 from firth.model.config import encoder_config
 from firth.model.model import LM
 from firth.objectives.classification import Classification
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective, components, label_positions
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import WeightPenalty
 from firth.objectives.sentence_pairs import NSP
+from firth.objectives.token_tasks import LayerMixture
+from firth.runs.compatibility import SAMPLE_VOCAB, sample_example
 from firth.runs.examples import EXAMPLES
-from firth.runs.sample_example import SAMPLE_VOCAB, sample_example
 from firth.types import Constraints
 
 PACKAGE = Path(objectives.__file__).parents[1]
@@ -68,9 +68,7 @@ def test_the_sample_has_the_fields_of_each_kind_of_examples(name: str) -> None:
 
 def test_constraints_of_a_sum_are_those_of_both() -> None:
     both = MLM(num_maskings=10, noise="words") + Classification(class_names=("a", "b")) + WeightPenalty()
-    assert both.constraints == Constraints(
-        num_copies=10, text_units=frozenset({"words"}), class_names=("a", "b"), whole_weights=True
-    )
+    assert both.constraints == Constraints(num_copies=10, text_units=frozenset({"words"}), class_names=("a", "b"))
     assert [type(one) for one in components(both)] == [MLM, Classification, WeightPenalty]
 
 

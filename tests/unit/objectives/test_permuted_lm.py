@@ -17,14 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from firth.data import attention_fields
 from firth.data.collate import Batches, collate, pack
 from firth.data.windows import Documents, WindowsConfig
-from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time, scoring_mode
+from firth.evaluate.perplexity import TokenizedDocument, one_at_a_time
 from firth.generate.engine import Engine
 from firth.generate.fill import fill_masks
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.model.attention import mask_from_times
 from firth.model.block import Linear
-from firth.model.config import AttentionConfig, EmbeddingConfig, LMHeadConfig, ModelConfig, NormConfig, PositionConfig
-from firth.model.flops import MemoryWork, real_tokens, stack_flops, work
+from firth.model.config import ModelConfig
+from firth.model.config_groups import AttentionConfig, EmbeddingConfig, LMHeadConfig, NormConfig, PositionConfig
+from firth.model.flops import MemoryWork, num_parameters, real_tokens, stack_flops, work
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.model.positions import DistanceIndex, RelativeDistance, distance_index, sinusoid_frequencies
@@ -452,7 +454,7 @@ def test_invalid_configs_are_rejected() -> None:
         MPNET.with_fields({"encoder.num_layers": 0, "embedding.mask": True}),
     ):
         model = LM(config, PLM().heads(config))
-        assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+        assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
 
 
 # ---- memory
@@ -641,7 +643,7 @@ def test_preset_parameter_counts_equal_transformers(name: str, kind: str, settin
     with torch.device("meta"):
         theirs = sum(p.numel() for p in cls(cls.config_class(**settings)).parameters())
         ours = sum(p.numel() for p in LM(PRESETS[name], PLM().heads(PRESETS[name])).parameters())
-    assert ours == PRESETS[name].num_parameters() == theirs - 2 * 768 * (name == "mpnet-base")
+    assert ours == num_parameters(PRESETS[name]) == theirs - 2 * 768 * (name == "mpnet-base")
 
 
 # ---- inference

@@ -12,11 +12,11 @@ from torch import nn
 
 from firth.align.precompute import MismatchedAnswers, UnpairedPreferencesConfig
 from firth.data.collate import collate, label_fields_of
-from firth.data.config import DataConfig
 from firth.data.dialogues import PreferencesConfig
-from firth.data.examples import BuildContext
+from firth.data.examples import BuildContext, DataConfig
 from firth.data.records import Records
-from firth.model.config import LMHeadConfig, ModelConfig
+from firth.model.config import ModelConfig
+from firth.model.config_groups import LMHeadConfig
 from firth.model.model import LM
 from firth.objectives.objective import Objective
 from firth.objectives.preferences import DPO, KTO, ORPO, PairObjective, SimPO, answer_logprobs, build_comparison

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from firth.data.collate import Batches, collate, pack
 from firth.data.source import Source
 from firth.data.windows import keep_probabilities, noise_distribution, word_statistics
-from firth.model.config import ModelConfig, NormConfig, PositionConfig, RNNConfig, recurrent_config, word_vector_config
+from firth.model.config import ModelConfig, recurrent_config, word_vector_config
+from firth.model.config_groups import NormConfig, PositionConfig, RNNConfig
 from firth.model.model import LM
 from firth.objectives.causal_lm import BiLM
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.objective import Objective
-from firth.objectives.token_tasks import TokenClassification
+from firth.objectives.token_tasks import LayerMixture, TokenClassification
 from firth.objectives.word2vec import Word2Vec
 from firth.recipes.recurrent import elmo_config
 from firth.tokenizer.vocab import Vocab

@@ -10,14 +10,8 @@ import torch
 
 from firth.data import attention_fields
 from firth.data.collate import collate, counted_fields, pack
-from firth.model.config import (
-    EmbeddingConfig,
-    ModelConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-    word_vector_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, word_vector_config
+from firth.model.config_groups import EmbeddingConfig
 from firth.model.heads import export_heads
 from firth.model.model import LM
 from firth.model.presets import bert

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from firth.data.collate import collate, pack
-from firth.evaluate.perplexity import scoring_mode
 from firth.generate.engine import Engine
 from firth.generate.sampling import Sampling
+from firth.generate.scoring import scoring_mode
 from firth.model.config import encoder_decoder_config
-from firth.model.flops import stack_flops, work
+from firth.model.flops import num_parameters, stack_flops, work
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
 from firth.objectives.objective import vocabulary_flops
@@ -65,7 +65,7 @@ def given(model: LM, latent: torch.Tensor) -> ForwardContext:
 def test_parameter_count_and_flops_equal_torch() -> None:
     objective = VAE(latent_size=4)
     model = build_model(objective)
-    assert sum(p.numel() for p in model.parameters()) == CONFIG.num_parameters()
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(CONFIG)
     batch = collate([row for row in build_examples(objective, 40) if len(row["labels"]) == 6], LABEL_FIELDS)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         objective.forward(model, batch)["hidden"].sum().backward()

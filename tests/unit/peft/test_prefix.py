@@ -18,7 +18,7 @@ from firth.model.attention import AttentionMask, attend
 from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.peft.prefix_init import prefix_of, prompt_of
+from firth.runs.peft_options import prefix_of, prompt_of
 from firth.types import ALL_DOCUMENTS, ALWAYS, NEVER, Example, UserError
 
 LEARNED = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_positions=40, tie_embeddings=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from firth.data import attention_fields
-from firth.data.rankings import ranking
+from firth.data.dialogues import ranking
 from firth.model.config import decoder_config
 from firth.model.model import LM
 from firth.objectives.reward_model import reward_head

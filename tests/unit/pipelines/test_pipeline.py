@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from firth.pipelines import pipeline, tuning
+from firth.pipelines import pipeline
 from firth.pipelines.ai_feedback import JudgePairs
 from firth.pipelines.best_of_n import SampleAnswers
-from firth.pipelines.pipeline import load_pipeline, load_stage, names, run_pipeline
+from firth.pipelines.pipeline import TrainRecipe, load_pipeline, load_stage, names, run_pipeline
 from firth.pipelines.stage import Stage
-from firth.pipelines.tuning import TrainRecipe
 from firth.runs.recipe import Recipe
 from firth.runs.run import RunResult
 from firth.types import UserError
@@ -182,7 +181,7 @@ def test_recipes_of_pipelines_load() -> None:
 def test_the_recipe_of_a_stage_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is checked, hashed and run as it was read."""
     calls: list[str] = []
-    read = tuning.load
+    read = pipeline.load
 
     def counted(name: str, assignments: list[str]) -> Recipe:
         calls.append(name)
@@ -192,8 +191,8 @@ def test_the_recipe_of_a_stage_is_read_once(tmp_path: Path, monkeypatch: pytest.
         assert recipe.budget.max_steps == 3
         return RunResult(directory, 3, 3, 0, 0.0, 0.0, {})
 
-    monkeypatch.setattr(tuning, "load", counted)
-    monkeypatch.setattr(tuning, "run", pretended)
+    monkeypatch.setattr(pipeline, "load", counted)
+    monkeypatch.setattr(pipeline, "run", pretended)
     file = written(tmp_path, "stages:\n  a: {train: gpt, max_steps: 3, data.path: text.txt}\n")
     (tmp_path / "text.txt").write_text("the otter")
     monkeypatch.chdir(tmp_path)

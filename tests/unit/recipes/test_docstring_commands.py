@@ -17,7 +17,7 @@ from firth.types import UserError
 from tests.support.commands import check_command
 
 ROOM = Path(__file__).parents[3] / "firth"
-FILES = [*sorted((ROOM / "recipes").glob("*.py")), ROOM / "evaluate" / "glue.py"]
+FILES = [*sorted((ROOM / "recipes").glob("*.py")), ROOM / "evaluate" / "evaluate.py"]
 
 
 def docstrings(source: str) -> list[str]:

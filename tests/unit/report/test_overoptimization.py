@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from firth.report.overoptimization import gao_fit, parting
+from firth.report.sections import gao_fit, parting
 
 
 def phases(

@@ -14,16 +14,17 @@ import torch
 
 from firth import objectives
 from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
+from firth.model.flops import num_parameters
 from firth.model.init import init_empty_weights
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.classification import Classification
-from firth.objectives.layer_mixture import LayerMixture
 from firth.objectives.masked_lm import MLM, SBO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import Consistency
 from firth.objectives.sentence_pairs import NSP
 from firth.objectives.seq2seq import SpanCorruption
+from firth.objectives.token_tasks import LayerMixture
 from firth.runs import compatibility
 from firth.runs.compatibility import check_available_memory, check_pattern
 from firth.runs.recipe import load
@@ -213,7 +214,7 @@ def test_shards_divide_the_whole_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 bytes a weight over 17 ranks were 0 bytes a weight, so that every model fitted."""
     config = decoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2)
     for shards in (1, 8, 17, 32):
-        need = config.num_parameters() * 16 / shards
+        need = num_parameters(config) * 16 / shards
         for free, fits in ((int(need) + 1, True), (int(need) - 1, False)):
             monkeypatch.setattr(compatibility, "memory", lambda free=free: (1 << 40, free))
             with nullcontext() if fits else pytest.raises(UserError, match="GB of main memory are free: lower"):
@@ -222,7 +223,7 @@ def test_shards_divide_the_whole_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = decoder_config(vocab_size=1000, hidden_size=64, num_layers=2, num_heads=2)
-    monkeypatch.setattr(compatibility, "memory", lambda: (1 << 40, config.num_parameters() * 16 + 8))
+    monkeypatch.setattr(compatibility, "memory", lambda: (1 << 40, num_parameters(config) * 16 + 8))
     check_available_memory(config, "adamw", True, torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_available_memory(config, "adamw", True, torch.device("cpu"), 2, whole=False)

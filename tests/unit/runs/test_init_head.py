@@ -15,7 +15,7 @@ from firth.objectives.classification import Classification
 from firth.objectives.masked_lm import MLM
 from firth.objectives.objective import Objective
 from firth.objectives.seq2seq import SpanCorruption
-from firth.runs.init_head import init_head
+from firth.runs.build_model import init_head
 from firth.tokenizer.vocab import Vocab
 from firth.training.step import validate
 from firth.types import Example

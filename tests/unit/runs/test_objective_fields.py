@@ -17,9 +17,8 @@ from firth import objectives
 from firth.align.precompute import PseudoLabeledConfig
 from firth.align.rollouts import RolloutsConfig
 from firth.data.collate import Batches
-from firth.data.config import DataConfig
-from firth.data.examples import DatasetSplits, ExamplesConfig
-from firth.data.unlabeled import PartiallyLabeledConfig
+from firth.data.examples import DataConfig, DatasetSplits, ExamplesConfig
+from firth.data.semi_supervised import PartiallyLabeledConfig
 from firth.data.windows import ChunksConfig, SegmentPairsConfig, WindowsConfig
 from firth.model.config import (
     AttentionPattern,

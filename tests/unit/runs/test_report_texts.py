@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from firth.data.config import DataConfig
-from firth.data.examples import DatasetSplits
+from firth.data.examples import DataConfig, DatasetSplits
 from firth.data.source import Source
 from firth.runs.recipe import Recipe, published
 from firth.runs.report_texts import prompts_of, spaced

@@ -10,9 +10,8 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from firth.scaling import fit
-from firth.scaling.fit import Estimate
+from firth.scaling.fit import SIX_N_D, ComputeRule, Estimate, LossLaw, RepeatLaw
 from firth.scaling.fitted import FittedLaw, LawPoint, describe, epochs_worth, fit_points
-from firth.scaling.laws import SIX_N_D, ComputeRule, LossLaw, RepeatLaw
 from firth.scaling.table import Points
 from tests.support.scaling import CHINCHILLA, CORRECTED, runs
 

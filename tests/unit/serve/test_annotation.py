@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from firth.data.rankings import ranking
+from firth.data.dialogues import ranking
 from firth.evaluate.prompting.requests import GenerateReply
 from firth.pipelines.stage import Asker, read_prompts
 from firth.serve.annotation import AnnotationConfig, Collection, annotation_routes, sampled_items

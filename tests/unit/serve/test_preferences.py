@@ -18,8 +18,7 @@ import pytest
 from firth.corpora import readers
 from firth.corpora.readers import first_records
 from firth.data.conversations import comparison, messages_of
-from firth.data.dialogues import DialoguesConfig, PreferencesConfig
-from firth.data.rankings import RankingsConfig, ranking
+from firth.data.dialogues import DialoguesConfig, PreferencesConfig, RankingsConfig, ranking
 from firth.data.records import Records
 from firth.evaluate.ratings import bradley_terry, write_rankings
 from firth.serve.preference_statistics import agreement, run_scores, run_votes, statistics

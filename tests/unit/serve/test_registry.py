@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from firth.cli import app
-from firth.evaluate.prompting.endpoint import Endpoint
 from firth.evaluate.prompting.requests import GenerateRequest, ScoreRequest
+from firth.evaluate.prompting.responders import Endpoint
 from firth.evaluate.task import load_evaluated_model
 from firth.peft import adapter_files, lora
 from firth.peft.lora import LoraConfig

@@ -13,14 +13,8 @@ import pytest
 from starlette.testclient import TestClient
 from torch import nn
 
-from firth.model.config import (
-    EncoderConfig,
-    ModelConfig,
-    decoder_config,
-    encoder_config,
-    encoder_decoder_config,
-    recurrent_config,
-)
+from firth.model.config import ModelConfig, decoder_config, encoder_config, encoder_decoder_config, recurrent_config
+from firth.model.config_groups import EncoderConfig
 from firth.objectives.classification import classification_head
 from firth.objectives.reward_model import reward_head
 from firth.runs.loaded_model import Model

@@ -22,8 +22,8 @@ from firth.runs.recipe import load
 from firth.runs.run import run
 from firth.training.checkpoint import load as load_checkpoint
 from firth.training.logging import NullReporter
-from firth.training.prefetch import Prefetcher
 from firth.training.schedule import Budget
+from firth.training.step import Prefetcher
 from firth.training.trainer import TrainerConfig, TrainingResult, train
 from firth.types import Batch, Example, UserError
 from tests.support.tiny_corpus import TEXTS

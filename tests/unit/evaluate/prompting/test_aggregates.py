@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from firth.evaluate.prompting.aggregates import Counts, bootstrap_difference, class_counts, jackknife_error, value_of
-from firth.evaluate.prompting.comparison import compare
+from firth.evaluate.prompting.metrics import Counts, bootstrap_difference, class_counts, jackknife_error, value_of
 from firth.evaluate.prompting.prompt_task import ItemResult, PromptConfig
-from firth.evaluate.prompting.results import read_results, write_results
+from firth.evaluate.prompting.results import compare, read_results, write_results
 from firth.evaluate.prompting.runner import TaskResult, metric_value
 
 

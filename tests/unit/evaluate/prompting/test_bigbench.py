@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from firth.evaluate.prompting.bigbench import read_bigbench
 from firth.evaluate.prompting.prompt_task import PromptConfig
 from firth.evaluate.prompting.requests import GenerateRequest, ScoreRequest
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.prompting.task_files import load_tasks
+from firth.evaluate.prompting.task_formats import read_bigbench
 from firth.types import UserError
 from tests.support.fake_responder import FakeModel, one_result
 from tests.support.messages import logged

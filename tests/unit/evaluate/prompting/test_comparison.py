@@ -5,8 +5,8 @@ from math import erfc, sqrt
 import numpy as np
 import pytest
 
-from firth.evaluate.prompting.comparison import compare, holm, paired_bootstrap
 from firth.evaluate.prompting.prompt_task import ItemResult
+from firth.evaluate.prompting.results import compare, holm, paired_bootstrap
 from firth.evaluate.prompting.runner import TaskResult, task_result
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from firth.evaluate.prompting.answers import Filter, FilterChain
-from firth.evaluate.prompting.comparison import paired_bootstrap
+from firth.evaluate.prompting.metrics import Filter, FilterChain
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask, majority
 from firth.evaluate.prompting.prompts import ExamplePool, fit
 from firth.evaluate.prompting.requests import (
@@ -24,7 +23,7 @@ from firth.evaluate.prompting.requests import (
     ScoreReply,
     ScoreRequest,
 )
-from firth.evaluate.prompting.results import comparisons, table, to_json, write_results
+from firth.evaluate.prompting.results import comparisons, paired_bootstrap, table, to_json, write_results
 from firth.evaluate.prompting.runner import TaskResult, run_tasks, standard_error
 from firth.evaluate.prompting.task_files import load_tasks, read_task
 from firth.tokenizer import chat_template

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from firth.evaluate.prompting.answers import Filter, FilterChain
+from firth.evaluate.prompting.metrics import Filter, FilterChain
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, Reply, Request
 from firth.evaluate.prompting.task_files import load_tasks

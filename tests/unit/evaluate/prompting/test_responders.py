@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from firth.evaluate.prompting import endpoint, local_model
-from firth.evaluate.prompting.endpoint import Endpoint
-from firth.evaluate.prompting.local_model import LocalModel
+from firth.evaluate.prompting import responders
 from firth.evaluate.prompting.prompt_task import MetricConfig, PromptConfig, PromptTask
 from firth.evaluate.prompting.requests import GenerateReply, GenerateRequest, ReplyCache, ScoreReply, ScoreRequest
+from firth.evaluate.prompting.responders import Endpoint, LocalModel
 from firth.evaluate.prompting.runner import run_tasks
 from firth.evaluate.task import EvaluatedModel
 from firth.generate.decoding_batch import rectangle
@@ -152,7 +151,7 @@ def address() -> Iterator[str]:
 
 def test_an_endpoint_scores_and_generates(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop strings are applied to what the server returns, and a busy server gets the request again."""
-    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(responders.time, "sleep", lambda _: None)
     model = Endpoint(address)
     assert (model.model, model.context) == ("tiny", 64)
     Handler.failures = 2
@@ -166,7 +165,7 @@ def test_an_endpoint_scores_and_generates(address: str, monkeypatch: pytest.Monk
 
 def test_an_endpoint_that_cannot_serve_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No log-probabilities, no such model, no server, and a host that is not this machine."""
-    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(responders.time, "sleep", lambda _: None)
     Handler.echo = False
     with pytest.raises(UserError, match="returns no log-probabilities of the prompt"):
         Endpoint(address).check([GenerateRequest("ab"), ScoreRequest("ab", "c")])
@@ -186,7 +185,7 @@ def test_an_evaluation_resumes_after_an_endpoint_died(
     address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The server fails for good after two answers; when it is back, only the others are requested."""
-    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(responders.time, "sleep", lambda _: None)
     questions = items(*({"q": f"word{i}", "a": f"word{i}"} for i in range(5)))
     task = PromptTask(
         "echo", questions, "generate_until", "q", "a", stop=("\n",), metrics=(MetricConfig("exact_match"),)
@@ -250,7 +249,7 @@ def test_replies_depend_on_the_chat_template_and_the_version(tmp_path: Path, mon
     other = replace(model, tokenizer=copy.copy(model.tokenizer))
     other.tokenizer.template = "{{ messages[0]['content'] }}"
     digests = [LocalModel(model).digest, LocalModel(other).digest]
-    monkeypatch.setattr(local_model, "SCORING_VERSION", local_model.SCORING_VERSION + 1)
+    monkeypatch.setattr(responders, "SCORING_VERSION", responders.SCORING_VERSION + 1)
     digests.append(LocalModel(model).digest)
     assert len(set(digests)) == 3
 
@@ -305,7 +304,7 @@ def questions(folder: Path) -> tuple[str, str]:
 
 def test_an_endpoint_that_dies_is_resumed(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The replies before it died are kept: the same call sends the others only."""
-    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(responders.time, "sleep", lambda _: None)
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
     writes, _ = questions(tmp_path)
     Handler.dies_after = 4
@@ -321,7 +320,7 @@ def test_an_endpoint_without_log_probabilities_is_refused_first(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any model runs, also one that is named before it; tasks that generate need none."""
-    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(responders.time, "sleep", lambda _: None)
     monkeypatch.setenv("FIRTH_CACHE", str(tmp_path / "cache"))
     writes, scores = questions(tmp_path)
     Handler.echo = False
