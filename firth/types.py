@@ -66,6 +66,12 @@ def with_host_copy(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def on_both(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return a function of a tensor, and note that of its copy in main memory, if it has one."""
+    copy = host_copy(x)
+    return function(x) if copy is x else with_host_copy(function(x), function(copy))
+
+
 @dataclass(frozen=True)
 class DataStats:
     """Statistics of the training data that configure an objective.
@@ -118,7 +124,6 @@ class Constraints:
         num_sentinels: Number of `<extra_id_n>` tokens of a tokenizer that is trained for it.
         text_units: The units that it finds in a text: "words", "names", "sentences". A run warns where there are none.
         class_names: Names of the classes, in the order of their indices; empty: those of the data, or no classes.
-        whole_weights: The loss reads the weights themselves, so they cannot be sharded.
     """
 
     needs_full_batch: bool = False
@@ -128,7 +133,6 @@ class Constraints:
     num_sentinels: int = 0
     text_units: frozenset[str] = frozenset()
     class_names: tuple[str, ...] = ()
-    whole_weights: bool = False
 
     def __or__(self, other: Constraints) -> Constraints:
         """Return the constraints of two objectives that are added."""
@@ -140,7 +144,6 @@ class Constraints:
             max(self.num_sentinels, other.num_sentinels),
             self.text_units | other.text_units,
             self.class_names or other.class_names,
-            self.whole_weights or other.whole_weights,
         )
 
 

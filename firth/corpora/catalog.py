@@ -21,9 +21,8 @@ from pathlib import Path
 
 from firth.corpora import closed_book, download, minimal_pairs, prepare, reference_works
 from firth.corpora.download import Package
-from firth.corpora.input_files import stamp
 from firth.io.atomic import cache_directory, make_directory, scratch_directory, write_text
-from firth.io.integrity import sealed, verify
+from firth.io.integrity import sealed, stamp, verify
 from firth.types import LOGGER, LogLine, UserError
 
 FORMAT_VERSION = 1

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from firth.io.integrity import stamp
 from firth.types import UserError
 
 PACKED = (".gz", ".zst")
@@ -48,11 +49,6 @@ KNOWN_BYTES = {
     b"\xff\xd8\xff": "a picture",
 }
 """First bytes of files that contain no text, whatever their name -> what they are and what to do."""
-
-
-def stamp(status: os.stat_result) -> list[int]:
-    """Return what changes with a file: size, modification time, change time (ns), inode."""
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 _HASHES: ContextVar[dict[str, list[Any]] | None] = ContextVar("hashes", default=None)

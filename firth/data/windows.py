@@ -318,9 +318,12 @@ class SegmentPairsConfig(DocumentsConfig):
             raise UserError(
                 f"pairs of {self.max_length} tokens have no room for two segments: raise examples.max_length"
             )
-        if len(store) < 2:
-            raise UserError(f"{store.directory}: segment pairs need two documents or more, one for a random segment")
-        return _DocumentParts(store, self.max_length - 3, min_length=2)
+        parts = _DocumentParts(store, self.max_length - 3, min_length=2)
+        if parts.num_texts < 2:
+            raise UserError(
+                f"{store.directory}: segment pairs need two documents or more with text, one for a random segment"
+            )
+        return parts
 
     def check(self, documents: Documents) -> None:
         if not len(documents):
@@ -381,9 +384,13 @@ class SegmentPairsConfig(DocumentsConfig):
         quarter of `need`, or of the nearest. Fewer than `need` tokens are returned if ten drawn documents are too short.
         """
         best, whole = (0, 0), False
-        tried = 0
+        tried, total = 0, len(documents.store.tokens)
         while tried < 10 or best[1] == best[0]:
-            at = int(rng.random() * len(documents.store.tokens))
+            at = int(rng.random() * total)
+            if tried >= 10:  # the document at `start` is most of the text: draw from the rest
+                own, end = documents.index.document(start)
+                at = int(rng.random() * (total - (end - own)))
+                at += (end - own) * (at >= own)
             low, high = documents.index.document(at)
             tried += 1
             if low <= start < high or low == high:
@@ -426,7 +433,10 @@ class _DocumentParts:
     def __init__(self, store: TokenStore, room: int, min_length: int) -> None:
         self._store, self._room, self._min_length = store, room, min_length
         counts = [np.zeros(1, np.int64)]
+        self.num_texts = 0
+        """Documents that have a token besides those that open and end them."""
         for lengths in store.document_lengths():
+            self.num_texts += int(np.count_nonzero(lengths > 0))
             counts.append(np.add.reduceat(self._counts(lengths), np.arange(0, len(lengths), DOCUMENTS_PER_MARK)))
         self._marks = np.cumsum(np.concatenate(counts))
 

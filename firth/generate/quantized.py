@@ -57,6 +57,9 @@ GROUP, PANEL = 64, 16
 MIN_STEP = 1e-30
 """The scale of a group of zeros, which avoids a division by zero."""
 
+MIN_ACTIVATION = 1e-30
+"""A group of activations that are all smaller is zeros: the inverse of its scale would be infinite."""
+
 SCORED_ROWS = 256
 """Rows of logits that are in memory at once when texts are scored."""
 
@@ -90,7 +93,7 @@ def round_activations(x: Tensor) -> Tensor:
     groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     # The inverse of the scale, as in int8.h: a quotient may round otherwise.
-    inverse = torch.where(largest > 0, MAX_ACTIVATION / largest, largest)
+    inverse = torch.where(largest >= MIN_ACTIVATION, MAX_ACTIVATION / largest, 0.0)
     return ((groups * inverse).round_() * (largest / MAX_ACTIVATION)).flatten(-2)[..., : x.shape[-1]]
 
 
@@ -130,7 +133,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = self.multiply(rows, KERNEL.choice())
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, rows: Tensor, way: str) -> Tensor:
         """Multiply rows (n, in) float32 by the weights: (n, out) float32.
@@ -174,7 +177,7 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         panel, lane = ids // PANEL, ids % PANEL
-        integers = self.weight[panel, :, lane].float().sub_(128).view(*ids.shape, -1, GROUP)
+        integers = self.weight[panel, :, lane].float().sub_(128).view(*ids.shape, self.steps.shape[1], GROUP)
         return integers.mul_(self.steps[panel, :, lane].float()[..., None]).flatten(-2)[..., : self.embedding_dim]
 
 

@@ -44,7 +44,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 from firth import kernel_choice
 from firth.model import attention_kernels, native
 from firth.model.attention_kernels import PackedTexts, attend_packed, block_mask, packed_texts, varlen_runs
-from firth.types import ALL_DOCUMENTS, NEVER, Batch, host_copy
+from firth.types import ALL_DOCUMENTS, NEVER, Batch, host_copy, on_both
 
 FIELDS = ("tokens", "positions", "token_type_ids", "query_time", "key_time", "key_expiry", "document_ids")
 
@@ -59,7 +59,7 @@ def prefixed_fields(batch: Batch, prefix: str, start: int = 0, ahead: int = 0) -
         ahead: Number of trained positions before the text, which are added to the positions.
     """
     tokens = batch[prefix + "tokens"]
-    fields = {name: batch[prefix + name].flatten(0, -2) if tokens.dim() > 2 else batch[prefix + name]
+    fields = {name: on_both(lambda x: x.flatten(0, -2), batch[prefix + name]) if tokens.dim() > 2 else batch[prefix + name]
               for name in FIELDS if prefix + name in batch}  # fmt: skip
     if "positions" in fields:
         fields["positions"] = fields["positions"] + ahead if ahead else fields["positions"]

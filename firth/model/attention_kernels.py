@@ -36,7 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from firth.model import native
 from firth.model.fused import dropout_mask
 from firth.model.native import address, half
-from firth.types import ALL_DOCUMENTS, NEVER
+from firth.types import ALL_DOCUMENTS, NEVER, host_copy
 
 ROWS = 64
 """Default query rows of a block: larger blocks compute more above the diagonal, smaller ones have slower products."""
@@ -333,16 +333,19 @@ class PackedTexts:
 def packed_texts(query_time: Tensor, key_time: Tensor, document: Tensor) -> PackedTexts | None:
     """Return the texts of packed rows, or None if attention within them is neither causal nor complete.
 
-    Padding at the end of a row is a text of its own, whose output is unused. The host reads three times.
+    Padding at the end of a row is a text of its own, whose output is unused. What the host reads comes from the copies of the
+    integers in main memory, if all have one.
 
     Args:
         query_time: (B, T) integers.
         key_time: (B, T) integers.
         document: (B, T) document ids.
     """
-    real = key_time < NEVER
-    first = torch.ones_like(real[:, :1])
-    new = torch.cat((first, (document[:, 1:] != document[:, :-1]) | (real[:, 1:] != real[:, :-1])), 1)
+    given = (query_time, key_time, document)
+    copies = [host_copy(x) for x in given]
+    copied = all(copy is not x for x, copy in zip(given, copies, strict=True))
+    query_time, key_time, document = copies if copied else given
+    real, new = key_time < NEVER, _first_tokens(key_time, document)
     within = ~new[:, 1:] & real[:, 1:]
     # Ids that never fall are those of adjacent texts; real tokens never follow padding.
     adjacent = ((document[:, 1:] >= document[:, :-1]) | ~real[:, 1:]).all() & (real[:, 1:] <= real[:, :-1]).all()
@@ -354,7 +357,18 @@ def packed_texts(query_time: Tensor, key_time: Tensor, document: Tensor) -> Pack
     if not (causal or complete):
         return None
     starts = F.pad(new.flatten().nonzero()[:, 0], (0, 1), value=new.numel()).int()
-    return PackedTexts(starts, int(starts.diff().amax()), causal)
+    longest = int(starts.diff().amax())
+    if copied:
+        first = torch.nonzero_static(_first_tokens(*given[1:]).flatten(), size=len(starts) - 1)[:, 0]
+        starts = F.pad(first, (0, 1), value=new.numel()).int()
+    return PackedTexts(starts, longest, causal)
+
+
+def _first_tokens(key_time: Tensor, document: Tensor) -> Tensor:
+    """Return which tokens of rows are the first of a text or of padding, (B, T) bool."""
+    real = key_time < NEVER
+    first = torch.ones_like(real[:, :1])
+    return torch.cat((first, (document[:, 1:] != document[:, :-1]) | (real[:, 1:] != real[:, :-1])), 1)
 
 
 HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None

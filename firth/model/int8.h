@@ -13,6 +13,7 @@
 #define PANEL 16
 #define BASE 128    /* the place value of the first digit */
 #define LARGEST (127 * BASE)
+#define MIN_ACTIVATION 1e-30f /* smaller groups are zeros: the inverse of their step would be infinite */
 
 /* Rows of activations, rounded. */
 typedef struct {
@@ -36,7 +37,7 @@ static void free_rounded(Rounded *rows) {
     free(rows->offsets);
 }
 
-/* Round GROUP numbers. A step is NaN if any of them is. */
+/* Round GROUP numbers. If any of them is not finite, neither is the step, and the integers are zeros: the sums are NaN. */
 INLINE void round_group(const float *restrict x, int8_t *restrict low, int8_t *restrict high, float *step, int32_t *offset) {
     int32_t most = 0, sum = 0;
     #pragma omp simd reduction(max : most)
@@ -44,10 +45,10 @@ INLINE void round_group(const float *restrict x, int8_t *restrict low, int8_t *r
         int32_t size = to_bits(x[j]) & 0x7fffffff; /* ordered as the numbers are, and NaN above all */
         most = size > most ? size : most;
     }
-    float largest = from_bits(most), inverse = largest > 0 ? LARGEST / largest : 0;
+    float largest = from_bits(most), inverse = largest >= MIN_ACTIVATION ? LARGEST / largest : 0;
     #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < GROUP; j++) {
-        int32_t whole = (int32_t)nearbyintf(x[j] * inverse), first = (whole + BASE / 2) >> 7;
+        int32_t whole = (int32_t)nearbyintf(inverse > 0 ? x[j] * inverse : 0), first = (whole + BASE / 2) >> 7;
         sum += whole;
         high[j] = first;
         low[j] = whole - first * BASE;

@@ -40,7 +40,7 @@ from firth.model.recurrent import RecurrentStack
 from firth.model.shard_tensors import is_sharded
 from firth.model.transformer import TransformerStack
 from firth.model.variants import CharacterCNN, Latent
-from firth.types import ALWAYS, NEVER, Batch, UserError, host_copy, with_host_copy
+from firth.types import ALWAYS, NEVER, Batch, UserError, host_copy, on_both, with_host_copy
 
 if TYPE_CHECKING:
     from firth.model.block import AttentionContext
@@ -272,7 +272,7 @@ class LM(nn.Module):
         fields = prefixed_fields(batch, "source_", ahead=self.num_virtual_tokens(source=True))
         fields, prompt = self._prepend_prompt(fields, source=True)
         states = self.encoder(self.embed(fields, True, prompt), fields)
-        zeros = torch.zeros_like(fields["tokens"], dtype=torch.int32)
+        zeros = on_both(lambda x: torch.zeros_like(x, dtype=torch.int32), fields["tokens"])
         return EncoderOutput(
             states, {"key_time": zeros} | {n: fields[n] for n in ("key_time", "document_ids") if n in fields}
         )

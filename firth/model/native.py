@@ -6,7 +6,8 @@ Between its matrix products, a training step is bound by memory: with torch's op
 writes its input three to ten times. `native.c` does each in one pass. It is optional: without a compiler, or if it fails,
 the same formulas run with torch's operators (`firth.model.fused`), and `firth doctor` reports it.
 
-The library is cached in CACHE/native under a hash of its source, the compiler and the CPU. It shares torch's OpenMP threads:
+The library is cached in CACHE/native under a hash of its source, the compiler and the CPU, and one of its content, since a damaged
+one (a power failure, a full disk) could end the process. It shares torch's OpenMP threads:
 torch has loaded a libgomp before, and the linker uses the loaded one.
 
 Differentiable norms, heads and activations with the kernels of `native.c`.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -172,31 +174,38 @@ def build() -> Path:
         NoCompilerError: No compiler is found, or it fails with every tuning.
         OSError: The cache cannot be written.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc")
+    command = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shutil.which(command[0]) if command else None
     if compiler is None or sys.platform == "win32":
         raise NoCompilerError("no C compiler is found")
+    command[0] = compiler
     key = "\n".join(
         (
             *(path.read_text("utf-8") for path in (*HEADERS, *SOURCES)),
             *FLAGS,
             str(TUNINGS),
-            _run(compiler, "--version").stdout,
+            *command[1:],
+            _run(*command, "--version").stdout,
             _instructions(),
         )
     )
-    path = cache_directory() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as directory:
+    folder, name = cache_directory() / "native", _hash(key.encode())
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_hash(path.read_bytes())}":
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as directory:
         output = Path(directory) / "native.so"
         for tuning in TUNINGS:
-            result = _run(compiler, *FLAGS, *tuning, "-o", str(output), *map(str, SOURCES), "-lm")
+            result = _run(*command, *FLAGS, *tuning, "-o", str(output), *map(str, SOURCES), "-lm")
             if result.returncode == 0:
-                os.replace(output, path)
-                return path
+                return output.replace(folder / f"{name}-{_hash(output.read_bytes())}.so")
     lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
     raise NoCompilerError(f"{compiler} fails: {lines[0]}")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _instructions() -> str:

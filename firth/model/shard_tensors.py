@@ -5,6 +5,7 @@ PyTorch's package is imported where ranks exist, since it takes half a second.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -66,6 +67,31 @@ def shard_like(weight: Tensor, x: Tensor) -> Tensor:
     if not is_sharded(weight) or is_sharded(x):
         return local(x)
     return _tensor().distribute_tensor(x, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+
+
+def squares(weights: Iterable[Tensor], count: Tensor) -> Tensor:
+    """Return count * the sum of the squares of the weights.
+
+    Ranks that hold parts of the weights call this together, where they are not whole. What they return differs as their counts do.
+    The gradient of a part is that for the counts of all ranks, since no other rank computes it.
+
+    Args:
+        weights: Weights, whole or sharded.
+        count: A scalar, of this rank.
+    """
+    found = [*weights]
+    parts = [x for x in found if is_sharded(x)]
+    zero = torch.zeros((), device=count.device)
+    total = count * torch.stack([zero, *(x.float().square().sum() for x in found if not is_sharded(x))]).sum()
+    if not parts:
+        return total
+    mesh = parts[0].device_mesh
+    own = torch.stack([local(x).float().square().sum() for x in parts]).sum()
+    every, counts = own.detach().clone(), count.detach().float().clone()
+    dist.all_reduce(every, group=mesh.get_group(mesh.ndim - 1))
+    for axis in range(mesh.ndim):
+        dist.all_reduce(counts, group=mesh.get_group(axis))
+    return total + count * every + counts * (own - own.detach())
 
 
 def gathered(x: Tensor) -> Tensor:

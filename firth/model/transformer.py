@@ -37,7 +37,7 @@ from firth.model.fused import Dropout
 from firth.model.kv_cache import DecodingCache
 from firth.model.positions import DistanceIndex, RelativeBias, distance_index, rope_angles, rotation
 from firth.model.variants import Linformer
-from firth.types import NEVER, Batch, host_copy, with_host_copy
+from firth.types import NEVER, Batch, host_copy, on_both, with_host_copy
 
 MAX_ROTATION_ROWS = 8
 """Rows of a decoding batch up to which rotary positions are faster as one matrix product."""
@@ -69,9 +69,11 @@ def subset_positions(needed: Tensor) -> Tensor | None:
 def _zero_times(fields: Batch) -> Tensor:
     """Return the times of tokens that see each other: (B, T) int32."""
     tokens = fields["tokens"]
-    here = host_copy(tokens)
     zeros = torch.zeros_like(tokens, dtype=torch.int32)
-    return zeros if here is tokens else with_host_copy(zeros, torch.zeros_like(here, dtype=torch.int32))
+    copies = [copy for x in fields.values() if (copy := host_copy(x)) is not x]
+    if copies:
+        return with_host_copy(zeros, copies[0].new_zeros(tokens.shape, dtype=torch.int32))
+    return zeros if zeros.device.type == "cpu" else with_host_copy(zeros, torch.zeros(tokens.shape, dtype=torch.int32))
 
 
 def _gathered(values: Tensor, index: Tensor) -> Tensor:
@@ -282,7 +284,7 @@ class TransformerStack(nn.Module):
             pairs, keys = cache.encoder_kv, cache.encoder_fields
         else:
             return [None] * self.depth
-        always = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
+        always = on_both(lambda x: torch.full_like(x, NEVER - 1, dtype=torch.int32), fields["tokens"])
         documents = fields.get("document_ids"), keys.get("document_ids")
         mask = AttentionMask.from_times(always, keys["key_time"], *documents, self.flex)
         return [AttentionContext(mask, encoder_kv=pair) for pair in pairs]

@@ -40,7 +40,7 @@ from firth.model import flops
 from firth.model.config import ModelConfig
 from firth.model.heads import LMHead
 from firth.model.model import LM
-from firth.objectives.objective import Objective, TokenObjective, forward_flops, hidden_states
+from firth.objectives.objective import Objective, TokenObjective, forward_flops, hidden_states, label_indices
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, Example, Outputs, UserError
 
@@ -216,7 +216,7 @@ class SBO(Objective):
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         lm: LMHead = model.heads["lm"]  # type: ignore[assignment]
         states, labels = outputs["hidden"].flatten(0, -2), batch["boundary"].flatten()
-        at = (labels != IGNORE).nonzero()[:, 0]
+        at = label_indices(batch["boundary"])
         before, after = batch["before"].flatten()[at], batch["after"].flatten()[at]
         around = (states[at - before], states[at + after], model.heads["place"](before - 1))
         read = model.heads["boundary"](torch.cat([x.to(states.dtype) for x in around], -1))

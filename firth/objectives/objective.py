@@ -44,6 +44,7 @@ from firth.types import (
     Outputs,
     UserError,
     host_copy,
+    on_both,
     with_host_copy,
 )
 
@@ -363,15 +364,22 @@ def vocabulary_flops(model: LM, labels: Tensor) -> float:
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the states and labels of the supervised positions: (N, hidden_size), (N,), in row order."""
-    labeled, here = labels.flatten() != IGNORE, host_copy(labels)
-    if here is labels:
-        at = labeled.nonzero()[:, 0]
-    else:
-        at = torch.nonzero_static(labeled, size=int((here != IGNORE).sum()))[:, 0]
+    at = label_indices(labels)
     flat = hidden.flatten(0, -2)
     if len(at) == len(flat):
         return flat, labels.flatten()
     return flat.index_select(0, at), labels.flatten().index_select(0, at)
+
+
+def label_indices(labels: Tensor) -> Tensor:
+    """Return the supervised positions of labels (..., T) as indices into the flattened rows, (N,), in row order."""
+    at, here = labels.flatten() != IGNORE, host_copy(labels)
+    return at.nonzero()[:, 0] if here is labels else torch.nonzero_static(at, size=int((here != IGNORE).sum()))[:, 0]
+
+
+def labeled(labels: Tensor) -> Tensor:
+    """Return which positions are supervised, (..., T) bool, as `ForwardContext.needed_positions`."""
+    return on_both(lambda x: x != IGNORE, labels)
 
 
 def log_probs(model: LM, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -55,13 +55,14 @@ from firth.objectives.objective import (
     Objective,
     forward_flops,
     hidden_states,
+    label_indices,
     log_probs,
     token_loss,
     vocabulary_flops,
 )
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, DataStats, Example, Metric, Outputs
+from firth.types import IGNORE, Batch, DataStats, Example, Metric, Outputs, host_copy
 
 PER_TOKEN = ("old", "reference", "values", "advantage", "returns")
 """The numbers of each sampled token, aligned with `tokens`; `PPO.build_example` shifts them as it shifts the labels."""
@@ -223,9 +224,9 @@ class PolicyObjective(Objective):
         Metrics: `kl_per_token` to the reference and `entropy`, both reweighted to the current policy; `approx_kl`, its KL from
         the policy that sampled (k3); `clipped`, the tokens whose gradient the clip has stopped.
         """
-        at = batch["labels"] != IGNORE
-        fields = {name: batch[name][at] for name in self.numbers}
-        logprobs = log_probs(model, outputs["hidden"], batch["labels"])[at]  # (N,)
+        at = label_indices(batch["labels"])
+        fields = {name: batch[name].flatten()[at] for name in self.numbers}
+        logprobs = log_probs(model, outputs["hidden"], batch["labels"]).flatten()[at]  # (N,)
         terms, clipped = self._answer_loss(logprobs, fields, batch)
         if self.ptx_coef:
             terms["ptx"] = self.ptx_coef * token_loss(model, outputs["hidden"], batch["ptx_labels"])
@@ -305,9 +306,9 @@ class PPO(PolicyObjective):
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return sums over the sampled tokens; `value_error` is the squared distance to the return."""
-        at = batch["labels"] != IGNORE
-        old_values, returns = batch["values"][at], batch["returns"][at]
-        value = values(model, outputs["critic"][at])
+        at = label_indices(batch["labels"])
+        old_values, returns = batch["values"].flatten()[at], batch["returns"].flatten()[at]
+        value = values(model, outputs["critic"].flatten(0, -2)[at])
         error = (value - returns) ** 2
         value_loss = error
         if self.value_clip_range:
@@ -324,9 +325,11 @@ class PPO(PolicyObjective):
 
 def answer_index(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the index of the answer of each sampled token, (N,), and the number of tokens of each answer, (answers,)."""
-    last = (batch["answer_labels"][batch["labels"] != IGNORE] != IGNORE).long()
+    labels, ends = batch["labels"], batch["answer_labels"]
+    last = (ends.flatten()[label_indices(labels)] != IGNORE).long()
     index = last.cumsum(0) - last
-    return index, torch.bincount(index, minlength=int(last.sum()))
+    answers = int(((host_copy(ends) != IGNORE) & (host_copy(labels) != IGNORE)).sum())
+    return index, index.new_zeros(answers).index_add(0, index, torch.ones_like(index))
 
 
 def answer_sums(x: Tensor, index: Tensor, answers: int) -> Tensor:

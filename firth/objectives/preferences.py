@@ -46,13 +46,14 @@ from firth.objectives.objective import (
     forward_flops,
     forward_work,
     hidden_states,
+    labeled,
     log_probs,
     num_correct,
     vocabulary_flops,
 )
 from firth.objectives.sft import causal_example
 from firth.tokenizer.vocab import Vocab
-from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError
+from firth.types import IGNORE, Batch, Constraints, Example, Metric, Outputs, UserError, on_both
 
 PAIR_INPUTS = frozenset({"chosen_tokens", "chosen_mask", "rejected_tokens", "rejected_mask"})
 """The fields of a chosen and a rejected answer to one prompt."""
@@ -87,7 +88,7 @@ def ref_logprobs(model: LM, batch: Batch) -> dict[str, Tensor]:
 
 def answer_logprobs(model: LM, batch: Batch) -> Tensor:
     """Return the summed log-probability of the answer in each row: (..., T) fields -> (...)."""
-    hidden = model(batch, ForwardContext(needed_positions=batch["labels"] != IGNORE))
+    hidden = model(batch, ForwardContext(needed_positions=labeled(batch["labels"])))
     return log_probs(model, hidden, batch["labels"]).sum(-1)
 
 
@@ -129,7 +130,7 @@ class PairObjective(Objective):
         return build_comparison(example) | {"preferred": np.int64(0)}
 
     def forward(self, model: LM, batch: Batch) -> Outputs:
-        return {"hidden": hidden_states(model, batch, batch["labels"] != IGNORE)}
+        return {"hidden": hidden_states(model, batch, labeled(batch["labels"]))}
 
     def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
         total = forward_flops(model, batch, batch["labels"] != IGNORE) if forward is None else forward
@@ -319,7 +320,7 @@ class KTO(Objective):
         own, other = _rows(batch, 0), _rows(batch, 1)
         with torch.no_grad():
             mismatched = answer_logprobs(model, other)
-        return {"hidden": hidden_states(model, own, own["labels"] != IGNORE), "mismatched": mismatched}
+        return {"hidden": hidden_states(model, own, labeled(own["labels"])), "mismatched": mismatched}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         logprobs = log_probs(model, outputs["hidden"], batch["labels"][:, 0]).sum(-1)  # (B,)
@@ -334,8 +335,8 @@ class KTO(Objective):
             "kto": (weight * (1 - values)).sum(),
             "accuracy": (sign * (known - kl) > 0).sum().float(),
             "kl_per_answer": kl * len(known),
-            "chosen": known[desirable].sum(),
-            "rejected": known[~desirable].sum(),
+            "chosen": known.where(desirable, 0).sum(),
+            "rejected": known.where(~desirable, 0).sum(),
         }
 
     def flops(self, model: LM, batch: Batch, forward: float | None = None) -> float:
@@ -349,4 +350,4 @@ class KTO(Objective):
 
 def _rows(batch: Batch, index: int) -> Batch:
     """Return one row of each group as a batch: (B, 2, T) -> (B, T)."""
-    return {name: field[:, index] for name, field in batch.items() if field.ndim == 3}
+    return {name: on_both(lambda x: x[:, index], field) for name, field in batch.items() if field.ndim == 3}

@@ -34,7 +34,16 @@ from firth.model.forward_context import ForwardContext
 from firth.model.heads import LMHead, replaced_token_head
 from firth.model.model import LM, TiedSubmodel
 from firth.objectives.masked_lm import MLM
-from firth.objectives.objective import Objective, cannot_train, forward_flops, forward_work, hidden_states, supervised
+from firth.objectives.objective import (
+    Objective,
+    cannot_train,
+    forward_flops,
+    forward_work,
+    hidden_states,
+    label_indices,
+    labeled,
+    supervised,
+)
 from firth.tokenizer.vocab import Vocab
 from firth.types import IGNORE, Batch, Constraints, DataStats, Example, Metric, Outputs
 
@@ -121,30 +130,32 @@ class RTD(Objective):
             shown: The discriminator's input, (..., T).
             hidden: The discriminator's states, (..., T, hidden_size).
         """
-        generator, at = model.language_model, batch["labels"] != IGNORE
-        draft, _ = supervised(generator(batch, ForwardContext(needed_positions=at)), batch["labels"])
+        generator, labels = model.language_model, batch["labels"]
+        at = label_indices(labels)
+        draft, _ = supervised(generator(batch, ForwardContext(needed_positions=labeled(labels))), labels)
         logits = generator.heads["lm"](draft).float()
-        sampled = sample_tokens(logits.detach(), batch["chance"][at])
-        shown = batch["tokens"].masked_scatter(at, sampled)
+        sampled = sample_tokens(logits.detach(), batch["chance"].flatten()[at])
+        shown = batch["tokens"].flatten().index_copy(0, at, sampled).view_as(labels)
         hidden = hidden_states(model, batch | {"tokens": shown})
         return {"draft": draft, "logits": logits, "sampled": sampled, "shown": shown, "hidden": hidden}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         _, terms = self._discriminator_loss(model, outputs, batch)
-        targets = batch["labels"][batch["labels"] != IGNORE]
+        targets = batch["labels"].flatten()[label_indices(batch["labels"])]
         return terms | {"generator": F.cross_entropy(outputs["logits"], targets, reduction="sum")}
 
     def _discriminator_loss(self, model: LM, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the discriminator's cross-entropy at every token the generator sampled, (N,), and its terms."""
-        here, at = batch["real"] != IGNORE, batch["labels"] != IGNORE
+        here, at, sampled = label_indices(batch["real"]), label_indices(batch["labels"]), outputs["sampled"]
         states, real = supervised(outputs["hidden"], batch["real"])
         scores = model.heads["replaced"](states)[:, 0].float()
-        replaced = outputs["shown"][here] != real
+        replaced = outputs["shown"].flatten()[here] != real
         errors = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="none")
         predicted = scores > 0
-        return errors[at[here]], {
+        drawn = torch.nonzero_static(batch["labels"].flatten()[here] != IGNORE, size=len(sampled))[:, 0]
+        return errors[drawn], {
             "replaced": self.discriminator_weight * errors.sum(),
-            "guessed": (outputs["sampled"] == batch["labels"][at]).sum().float(),
+            "guessed": (sampled == batch["labels"].flatten()[at]).sum().float(),
             "replaced_share": replaced.sum().float(),
             "original_share": (~replaced).sum().float(),
             "caught": (replaced & predicted).sum().float(),
@@ -189,7 +200,7 @@ class AdversarialRTD(RTD):
         expected = F.softplus(model.heads["baseline"](outputs["draft"].detach())[:, 0].float())
         logprobs = outputs["logits"].log_softmax(-1)
         chosen = logprobs.gather(-1, outputs["sampled"][:, None])[:, 0]
-        targets = batch["labels"][batch["labels"] != IGNORE]
+        targets = batch["labels"].flatten()[label_indices(batch["labels"])]
         return terms | {
             "generator": -((reward - expected.detach()) * chosen).sum(),
             "baseline": (expected - reward).square().sum(),

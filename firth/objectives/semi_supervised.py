@@ -48,6 +48,7 @@ from firth.fields import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFl
 from firth.model.config import ModelConfig
 from firth.model.forward_context import ForwardContext
 from firth.model.model import LM
+from firth.model.shard_tensors import squares
 from firth.objectives.classification import Classification, readout_of
 from firth.objectives.objective import (
     Objective,
@@ -296,8 +297,6 @@ class WeightPenalty(Objective):
     """
 
     labels = {"penalty": "penalty"}
-    constraints = Constraints(whole_weights=True)
-
     weight: PositiveFloat = 1e-4
 
     inputs = frozenset()
@@ -306,5 +305,5 @@ class WeightPenalty(Objective):
         return example | {"penalty": np.zeros_like(example["tokens"])}
 
     def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        squares = torch.stack([p.float().square().sum() for p in model.parameters() if p.ndim > 1])
-        return {"penalty": self.weight * squares.sum() * (batch["penalty"] != IGNORE).sum()}
+        weights = (p for p in model.parameters() if p.ndim > 1)
+        return {"penalty": self.weight * squares(weights, (batch["penalty"] != IGNORE).sum())}

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -265,7 +265,7 @@ def is_users(objective: Objective) -> bool:
     return any(":" in objective_name(one) for one in components(objective))
 
 
-def check_built(objective: Objective, examples: Iterable[Example], vocab_size: int) -> None:
+def check_built(objective: Objective, examples: Iterable[Any], vocab_size: int) -> None:
     """Raise a UserError if `build_example` of a user's objective returns what a model cannot be trained on.
 
     Args:
@@ -278,11 +278,15 @@ def check_built(objective: Objective, examples: Iterable[Example], vocab_size: i
             raise UserError(f"build_example of objective {objective_name(objective)}: {fault}")
 
 
-def _fault_of_built(objective: Objective, example: Example, vocab_size: int) -> str:
+def _fault_of_built(objective: Objective, example: Any, vocab_size: int) -> str:
     """Return what is wrong with an example that an objective has built; empty if nothing is."""
+    if not isinstance(example, Mapping):  # a user's function may lack its return
+        return f"it returned {example!r:.60}: return a dictionary of NumPy arrays"
     for field, value in example.items():
         if not isinstance(value, (np.ndarray, np.generic, int, float)):
             return f"the field {field!r} is a {type(value).__module__}.{type(value).__name__}: return NumPy arrays"
+        if np.asarray(value).dtype.kind not in "biuf":
+            return f"the field {field!r} is an array of {np.asarray(value).dtype}: return arrays of numbers"
     needed = {"tokens": "the tokens that the model sees"} | {
         field: f"the labels of {term!r}" for term, field in counted_fields(objective).items()
     }
@@ -291,7 +295,9 @@ def _fault_of_built(objective: Objective, example: Example, vocab_size: int) -> 
             return f"there is no field {field!r}, {meaning}; it returned {_listed(example)}"
     token_labels = {f for one in components(objective) if isinstance(one, TokenObjective) for f in one.labels.values()}
     for field in ("tokens", *sorted(token_labels)):
-        ids, shape = example[field], example["tokens"].shape
+        ids, shape = np.asarray(example[field]), np.shape(example["tokens"])
+        if not shape:
+            return f"the field 'tokens' is the single number {example['tokens']}: return an array, whose last axis is tokens"
         if not np.issubdtype(ids.dtype, np.integer) or ids.shape != shape:
             return f"the field {field!r} is {ids.dtype} of shape {ids.shape}: it must be whole numbers of shape {shape}"
         if (bad := ids[((ids < 0) | (ids >= vocab_size)) & ((ids != IGNORE) | (field == "tokens"))]).size:

@@ -22,13 +22,12 @@ from typing import Any
 
 from firth import objectives
 from firth.corpora import catalog, readers
-from firth.corpora.input_files import stamp
 from firth.data.corpus import PreparedCorpus, is_corpus
 from firth.data.examples import ExamplesConfig
 from firth.io import user_code
 from firth.io.atomic import write_text
 from firth.io.gguf import find
-from firth.io.integrity import check_digest, with_digest
+from firth.io.integrity import Hashed, check_digest, hashed, stamp, with_digest
 from firth.io.safetensors import read_json
 from firth.io.sharded import SHARDS
 from firth.objectives.objective import components
@@ -68,18 +67,18 @@ class RunInputs:
     files: dict[str, list[Any]] = field(default_factory=dict)
 
     @staticmethod
-    def read(recipe: Recipe, directory: Path, log: LogLine, first: bool = True) -> RunInputs:
+    def read(recipe: Recipe, directory: Path, log: LogLine, first: Hashed | None = None) -> RunInputs:
         """Hash the inputs of a recipe; the hashes of unchanged files are taken from the directory's inputs.json.
 
         Args:
             recipe: The recipe of the run.
             directory: The run directory.
             log: Receives progress messages.
-            first: Whether this rank builds the tokenizer and the token stores; the others only hash the text.
+            first: What the first rank has hashed; None on that rank, which builds the tokenizer and the token stores.
         """
-        inputs = RunInputs(files=dict(recorded(directory).get("files", {})))
+        inputs = RunInputs(files=recorded(directory).get("files", {}) | (first or {}))
         source = recipe.data
-        if first and not (recipe.given_tokenizer or source.cache_dir or has_begun(directory)):
+        if first is None and not (recipe.given_tokenizer or source.cache_dir or has_begun(directory)):
             inputs._read_once(recipe, directory, log)
         if source.corpus:
             inputs.digests["data.corpus"] = inputs._of_files(catalog.paths(source.corpus, log), recipe)
@@ -201,8 +200,7 @@ class RunInputs:
         status, key = file.stat(), str(file.absolute())
         known = self.files.get(key)
         if known is None or known[:-1] != stamp(status):
-            with file.open("rb") as opened:
-                self.files[key] = [*stamp(status), hashlib.file_digest(opened, "sha256").hexdigest()]
+            self.files[key] = hashed(file)
         return str(self.files[key][-1])
 
 

@@ -29,7 +29,7 @@ from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Valida
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
-from firth.runs.compatibility import check_batching, check_fields, check_memory, check_pattern, objective_name
+from firth.runs.compatibility import check_batching, check_fields, check_memory, check_pattern
 from firth.runs.examples import EXAMPLES
 from firth.runs.peft_options import PEFT_METHODS, FullFinetuning, PeftConfig, check_peft
 from firth.runs.recipe_names import RECIPES
@@ -486,7 +486,6 @@ def check_recipe(recipe: Recipe, ranks: int = 1) -> None:
     check_fields(objective, recipe.examples, config)
     if config is not None:
         accumulate = batch.gradient_accumulation_steps
-        check_sharding(recipe)
         check_batching(objective, config, pack=batch.packed_length, accumulate=accumulate, ranks=ranks)
         check_memory(config, recipe.examples, batch.packed_length)
 
@@ -503,15 +502,3 @@ def check_extension(recipe: Recipe) -> None:
         )
     if not isinstance(recipe.peft, FullFinetuning):
         raise UserError(f"{tokens} adds rows to the token embeddings, which only peft=full trains: set peft=full")
-
-
-def check_sharding(recipe: Recipe) -> None:
-    """Raise a UserError if a recipe shards a model that cannot be sharded."""
-    if recipe.distributed.shard == "none":
-        return
-    hint = "set distributed.shard=none"
-    if recipe.objective.constraints.whole_weights:
-        raise UserError(
-            f"objective {objective_name(recipe.objective)} reads all weights at once, and sharded ones are never whole: {hint}, or set "
-            "optimizer.weight_decay in place of a penalty"
-        )

@@ -175,6 +175,7 @@ def prepare_tokenizer(recipe: Recipe, context: RunContext) -> RunData:
     context.check_inputs()
     check_start_tokenizers(tokenizer, recipe)
     check_vocab(recipe, tokenizer)
+    context.verify_models([recipe.init_from])
     start = StartModel(recipe.init_from, tokenizer if recipe.tokenizer.extend else None)
     return RunData(
         recipe.data, tokenizer, context.directory, recipe.batch.size, recipe.seed, context.log, start=start, ranks=context.ranks
@@ -203,6 +204,7 @@ def build_data(resolved: ResolvedRecipe, data: RunData, context: RunContext) -> 
         UserError: There is nothing to train on, nothing is held out and `evaluation` needs it, or a user's objective builds
             examples that a model cannot be trained on.
     """
+    context.verify_models(path for _, kind, path in config_io.paths(resolved) if kind == "model")
     chosen = checkpoint.precision(context.directory) or choose_precision(resolved.precision, default_device())
     data = dataclasses.replace(data, memory_length=resolved.model.attention.memory_length, precision=chosen)
     splits = context.ranks.first_rank_first(

@@ -9,11 +9,16 @@ for bit, the run that trains from step 0 (Haegele et al. 2024, section 4: a deca
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from firth.io.integrity import COPY_AGAIN, known_hashes, learn_hashes, verify
+from firth.io.safetensors import read_json
 from firth.runs.input_hashes import RunInputs, content_hash, has_begun, recorded, recorded_hash
 from firth.runs.recipe import Recipe, ResolvedRecipe, load_resolved
+from firth.runs.start_model import model_directory
 from firth.training import checkpoint
 from firth.training.distributed import Ranks
 from firth.types import LogLine, UserError
@@ -58,7 +63,10 @@ class RunContext:
             UserError: The directory holds a run with other inputs.
         """
         log = log if ranks.first else _silent
-        inputs = ranks.first_rank_first(lambda: RunInputs.read(recipe, directory, log, ranks.first))
+        inputs = RunInputs.read(recipe, directory, log) if ranks.first else RunInputs()
+        found = json.loads(ranks.from_first(json.dumps(inputs.files)))
+        if not ranks.first:
+            inputs = RunInputs.read(recipe, directory, log, found)
         context = RunContext(directory, ranks, log, inputs, has_begun(directory))
         context.check_inputs()
         return context
@@ -67,6 +75,17 @@ class RunContext:
         """Raise a UserError if a run is resumed and an input that has been hashed is not that of its start."""
         if self.resumed:
             self.inputs.check(self.directory)
+
+    def verify_models(self, paths: Iterable[str]) -> None:
+        """Let the first rank verify the models in these run and model directories, whose files the others then need not read.
+
+        Raises:
+            UserError: A file is damaged.
+        """
+        for place in map(model_directory, filter(None, paths)):
+            if self.ranks.first:
+                verify(read_json(place / "firth.json"), place, place / "firth.json", COPY_AGAIN)
+            learn_hashes(json.loads(self.ranks.from_first(json.dumps(known_hashes(place)))))
 
     def identify(self, resolved: ResolvedRecipe) -> RunIdentity:
         """Return the hashes of a run.

@@ -373,15 +373,21 @@ def not_finite(model: nn.Module) -> str:
     return ""
 
 
-def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Return the SHA-256 of all frozen weights as 32 bytes; empty without any. Sharded ones are gathered one by one."""
-    digest, count = hashlib.sha256(), 0
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
+def frozen(model: nn.Module, ranks: Ranks | None = None) -> dict[str, Tensor]:
+    """Return the SHA-256 of all frozen weights as 32 bytes; empty without any.
+
+    All ranks call this and gather sharded weights one by one. The first one hashes them.
+    """
+    digest, ranks, weights = hashlib.sha256(), ranks or Ranks(), dict(model.named_parameters())
+    weights = {name: p for name, p in weights.items() if not p.requires_grad}
+    for name, p in weights.items():
+        whole = gathered(p.detach())
+        if ranks.first:
             digest.update(name.encode())
-            digest.update(gathered(p.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            count += 1
-    return {"sha256": torch.tensor(list(digest.digest()), dtype=torch.uint8)} if count else {}
+            digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if not weights:
+        return {}
+    return {"sha256": torch.tensor(list(bytes.fromhex(ranks.from_first(digest.hexdigest()))), dtype=torch.uint8)}
 
 
 def layout(ranks: Ranks, device: torch.device, shards: int = 1) -> dict[str, Any]:

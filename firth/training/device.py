@@ -105,6 +105,11 @@ def measured_speed(size: int = 512, seconds: float = 0.2) -> dict[str, float]:
     return found
 
 
+def defers_reads(device: torch.device) -> bool:
+    """Return whether the host would wait for the device if it read the loss of every step."""
+    return device.type == "cuda"
+
+
 def casts(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """Return the context of a forward pass: no-op for fp32, autocast over fp32 master weights for bf16."""
     if precision == "fp32":

@@ -83,6 +83,10 @@ class Ranks:
             self.call(lambda: dist.all_reduce(x))
         return x
 
+    def sum_numbers(self, *values: float) -> list[float]:
+        """Return the sums over all ranks of numbers that the host has; no rank waits for its device."""
+        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist() if self.world > 1 else [*values]
+
     def begin_sum(self, x: Tensor) -> dist.Work:
         """Start to sum `x` over all ranks in place; `finish` waits for the result."""
         work: list[dist.Work] = []
@@ -221,12 +225,15 @@ class DistributedConfig(Validated, section="distributed"):
 
 
 def join(device: torch.device | None = None) -> Ranks:
-    """Join the process group of torchrun (gloo on CPU, nccl on CUDA), or return a single rank without torchrun."""
+    """Join the process group of torchrun, or return a single rank without torchrun.
+
+    Tensors on a CPU are exchanged by gloo, those on a GPU by nccl.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     on_cuda = device is not None and device.type == "cuda"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     peers = _peers() if dist.get_world_size() > 1 else None
     where = device if device is not None and on_cuda else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), where, peers)
@@ -516,11 +523,10 @@ class Replicas(Parallel):
             return
         while len(self._sent) < len(self.buckets):
             self._send()
-        used = torch.tensor(self._used, dtype=torch.float32, device=self.buckets[0][0].device)
         for work in self._sent:
             self.ranks.finish(work)
         parameters = [p for bucket in self.buckets for p in bucket]
-        for p, count in zip(parameters, self.ranks.sum(used).tolist(), strict=True):
+        for p, count in zip(parameters, self.ranks.sum_numbers(*self._used), strict=True):
             if not count:
                 p.grad = None
 

@@ -29,7 +29,7 @@ from firth import kernel_choice
 from firth.data.collate import counted_fields
 from firth.model import attention, native
 from firth.model.recurrent import lstm_runs_in_bf16
-from firth.training.device import KEPT_MEMORY, casts
+from firth.training.device import KEPT_MEMORY, casts, defers_reads
 from firth.training.distributed import Parallel
 from firth.training.heap import COMPILED_BYTES, IS_COMPILED, IS_NODE, IS_PRODUCT, IS_TENSOR, heap_bytes
 from firth.training.optimizer import Optimizer, OptimizerConfig, untied_embeddings
@@ -250,16 +250,14 @@ def rnn_workspace(x: Tensor, *args: Any) -> int:
     They grow by the same number with each position. So the layer is run on zeros, on two short texts.
 
     Args:
-        x: The input of `aten::mkldnn_rnn_layer`.
+        x: The input of `aten::mkldnn_rnn_layer`: positions, rows, width, whatever its `batch_first` says.
         args: Its further arguments.
     """
     weights, rest = [torch.zeros(w.shape, dtype=w.dtype) for w in args[:6]], args[6:]
-    axis = 1 if args[13] else 0
-    length = x.shape[axis]
+    length = x.shape[0]
 
     def kept(positions: int) -> int:
-        shape = [positions if i == axis else n for i, n in enumerate(x.shape)]
-        out = torch.ops.aten.mkldnn_rnn_layer(torch.zeros(shape, dtype=x.dtype), *weights, *rest)
+        out = torch.ops.aten.mkldnn_rnn_layer(torch.zeros(positions, *x.shape[1:], dtype=x.dtype), *weights, *rest)
         return 0 if out[3] is None else int(out[3].untyped_storage().nbytes())
 
     short = min(length, RNN_POSITIONS)
@@ -350,7 +348,9 @@ def trace_step(
     model.train(dropout)
     trace.compiles = trace.device.type == "cpu" and precision == "bf16"
     trace.sparse_tables = {tuple(table.weight.shape) for table in untied_embeddings(model)}
-    updates = Optimizer(optimizer, model)
+    deferred = defers_reads(trace.device)
+    skip = torch.zeros((), device=trace.device) if deferred else None
+    updates = Optimizer(optimizer, model, deferred=deferred)
     weights = trace.numbers([*model.parameters(), *model.buffers()])
     gradients: set[int] = set()
     shapes, of_rollouts = [], []
@@ -364,7 +364,7 @@ def trace_step(
         step(model, objective, placed, precision=casts(precision, trace.device), parallel=_Traced(trace))
         gradients |= trace.numbers([p.grad for p in updates.parameters])
         updates.clip_grad_norm()
-        updates.step(1.0)
+        updates.step(1.0, skip)
         shapes.append(len(trace.products))
     kernels = {number for number, kind in trace.kinds.items() if kind == IS_COMPILED}
     state = trace.numbers(list(updates.state().values())) - weights

@@ -297,6 +297,7 @@ class Optimizer:
             same; visiting all rows of a large vocabulary takes as long as a transformer block.
         ranks: The ranks among which Muon's matrices are dealt; a single process by default.
         shards: The sharding of the model; None if it is not sharded.
+        deferred: Whether the host reads no number of the device in a step.
 
     Raises:
         UserError: Nothing in the model is trainable.
@@ -304,9 +305,9 @@ class Optimizer:
 
     def __init__(
         self, optimizer: OptimizerConfig, model: nn.Module, sparse: bool = False, ranks: Ranks | None = None,
-        shards: Shards | None = None,
+        shards: Shards | None = None, deferred: bool = False,
     ) -> None:  # fmt: skip
-        self.optimizer, self.shards = optimizer, shards
+        self.optimizer, self.shards, self.deferred = optimizer, shards, deferred
         groups = param_groups(optimizer, model)
         if not groups:
             raise UserError("there is nothing to train: every weight of the model is frozen")
@@ -326,10 +327,17 @@ class Optimizer:
                 by_shape.setdefault((p.lr, shape), []).append(p)
             else:
                 by_settings.setdefault((p.lr, p.weight_decay), []).append(p)
-        deal = ranks or Ranks() if shards is None else shards
+        deal = (ranks or Ranks()).dealt
+
+        def orthogonalize(rows: int) -> Callable[[Tensor], Tensor]:
+            return (
+                partial(deal, muon.orthogonalize)
+                if shards is None
+                else partial(shards.dealt, muon.orthogonalize, rows=rows)
+            )
+
         self.stacks = [
-            _Stack(group, shape, optimizer.momentum, partial(deal.dealt, muon.orthogonalize))
-            for (_, shape), group in by_shape.items()
+            _Stack(group, shape, optimizer.momentum, orthogonalize(shape[0])) for (_, shape), group in by_shape.items()
         ]
         self.lrs = [lr for lr, _ in by_settings]
         adam_groups = [
@@ -351,22 +359,28 @@ class Optimizer:
         if self.shards is not None:
             norm = self.shards.norm(norms, [p for p in self.parameters if p.grad is not None])
         most = self.optimizer.max_grad_norm
-        if most and norm.device.type != "cpu":  # without a read, for which the host would wait
+        if most and self.deferred:
             torch._foreach_mul_(grads, (most / norm).clamp(max=1))
         elif most and norm > most:
             torch._foreach_mul_(grads, most / norm)
         return norm
 
-    def step(self, factor: float) -> None:
-        """Take a step with every learning rate times `factor`, the schedule's, and clear the gradients."""
+    def step(self, factor: float, skip: Tensor | None = None) -> None:
+        """Take a step with every learning rate times `factor`, the schedule's, and clear the gradients.
+
+        Args:
+            factor: The factor.
+            skip: A number of the device: with 1, weights and state stay as they are; with 0, as without it, the step is taken.
+        """
         if self.adam is not None:
+            self.adam.found_inf = skip  # type: ignore[attr-defined]  # as `torch.amp.GradScaler` does
             for group, lr in zip(self.adam.param_groups, self.lrs, strict=True):
                 group["lr"] = lr * factor
             self.adam.step()
         for rows, lr in self.rows.values():
             rows.update(lr * factor)
         for stack in self.stacks:
-            stack.step(factor)
+            stack.step(factor, skip)
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -457,15 +471,21 @@ class _Stack:
         self.dtype = muon.product_dtype(device)
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """Take a step. A weight without a gradient gets one of zeros, unless none has one: then the weights stay."""
+    def step(self, factor: float, skip: Tensor | None = None) -> None:
+        """Take a step, unless `skip` is 1. A weight without a gradient gets one of zeros, unless none has one: then the weights stay."""
         if all(w.grad is None for w in self.weights):
             return
         directions = self.momentum.new_empty(self.momentum.shape, dtype=self.dtype)
         for w, momentum, direction in zip(self.weights, self.momentum, directions, strict=True):
             grad = torch.zeros_like(momentum) if w.grad is None else w.grad.float()
+            if skip is not None:  # a mean with itself stays as it is
+                grad = torch.where(skip > 0, momentum, grad)
             muon.nesterov(grad, momentum, direction, self.beta)
         updates = self.orthogonalize(directions)
         lr, decay = self.groups[0].lr * factor, self.groups[0].weight_decay
         for w, update in zip(self.weights, updates, strict=True):
-            muon.apply(w, update, 1 - lr * decay, lr * self.scale)
+            if skip is None:
+                muon.apply(w, update, 1 - lr * decay, lr * self.scale)
+            else:
+                w.mul_(torch.where(skip > 0, 1.0, 1 - lr * decay))
+                w.addcmul_(update.to(w.dtype), torch.where(skip > 0, 0.0, lr * self.scale), value=-1)

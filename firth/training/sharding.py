@@ -72,6 +72,7 @@ class Shards(Parallel):
     ) -> None:
         return_freed_memory()
         self.model, self.ranks = model, ranks
+        self._sharded: dict[tuple[bool, ...], Tensor] = {}
         self._skeleton = _on_meta(model)
         if record is not None:
             record.bind(model)
@@ -103,11 +104,10 @@ class Shards(Parallel):
     def backward(self, loss: Tensor, last: bool) -> None:
         self.root.set_requires_gradient_sync(last)
         self.ranks.call(lambda: super(Shards, self).backward(loss, last), only=False)
-        if last:
-            for p in self.scalars:
-                used = self.ranks.sum(torch.tensor([float(p.grad is not None)], device=p.device))
-                if used:
-                    p.grad = self.ranks.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        if last and self.scalars:
+            used = self.ranks.sum_numbers(*(p.grad is not None for p in self.scalars))
+            for p in (p for p, count in zip(self.scalars, used, strict=True) if count):
+                p.grad = self.ranks.sum(torch.zeros_like(p) if p.grad is None else p.grad)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -162,38 +162,36 @@ class Shards(Parallel):
             norms: (n,) The norm of the part of each gradient on this rank.
             parameters: The weights of these gradients.
         """
-        sharded = torch.tensor([isinstance(p, DTensor) for p in parameters], device=norms.device)
-        squares = norms.square()
+        which = tuple(isinstance(p, DTensor) for p in parameters)
+        if which not in self._sharded:  # kept, since a copy from the host waits for the device
+            self._sharded[which] = torch.tensor(which, device=norms.device)
+        squares, sharded = norms.square(), self._sharded[which]
         total = self.sum((squares * sharded).sum()) + (squares * ~sharded).sum()
         return total.sqrt()
 
-    def dealt(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def dealt(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """Apply a function to whole matrices of which every rank holds some rows; each rank computes a share of them.
 
         Args:
             function: Maps matrices (k, rows, columns) to matrices of the same shape and dtype, each by itself.
             x: (K, rows of this rank, columns).
+            rows: Rows of a whole matrix. FSDP gives each rank as many, and the last ones fewer or none.
 
         Returns:
             The results, (K, rows of this rank, columns).
         """
         degree, number, (count, own, columns) = self.group.size(), self.group.rank(), x.shape
-        rows = self._sizes(own, x.device)
+        most = -(-rows // degree)
+        held = [min(max(rows - r * most, 0), most) for r in range(degree)]
+        assert held[number] == own
         shares = [count * (r + 1) // degree - count * r // degree for r in range(degree)]
         share = shares[number]
         pieces = self._exchange(
-            [x[sum(shares[:r]) :][: shares[r]] for r in range(degree)], [(share, n, columns) for n in rows]
+            [x[sum(shares[:r]) :][: shares[r]] for r in range(degree)], [(share, n, columns) for n in held]
         )
         whole = torch.cat(pieces, 1)
         out = function(whole) if share else whole
-        return torch.cat(self._exchange(list(out.split(rows, 1)), [(k, own, columns) for k in shares]))
-
-    def _sizes(self, size: int, device: torch.device) -> list[int]:
-        """Return a number of each rank of the group."""
-        out = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.group.size())]
-        mine = torch.tensor([size], device=device)
-        self.ranks.call(lambda: dist.all_gather(out, mine, group=self.group))
-        return [int(n) for n in out]
+        return torch.cat(self._exchange(list(out.split(held, 1)), [(k, own, columns) for k in shares]))
 
     def _exchange(self, pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send piece r to rank r of the group, and return what the ranks have sent, in the given shapes."""

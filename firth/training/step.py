@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -223,6 +224,27 @@ def named_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str,
     ratios = {name: metric.ratio for name, metric in objective.metrics.items() if metric.ratio is not None}
     rest |= {name: means[top] / means[bottom] for name, (top, bottom) in ratios.items() if means[bottom]}
     return {"loss": sum(means[t] for t in terms)} | by_term | rest
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """A step whose numbers are on the device.
+
+    Args:
+        step: Optimizer steps, this one included.
+        tokens: Tokens read so far.
+        flops: Counted work so far.
+        rate: The learning rate.
+        names: The terms of the loss and the metrics.
+        numbers: Their means, the norm of the gradient, and whether the step was skipped (1 or 0).
+    """
+
+    step: int
+    tokens: int
+    flops: float
+    rate: float
+    names: tuple[str, ...]
+    numbers: Tensor
 
 
 def to(batch: Batch, device: torch.device) -> Batch:

@@ -5,8 +5,10 @@
     update     clip and take the optimizer step; a step without a finite gradient is skipped, on all ranks together
     after      a row in metrics.jsonl, validation, a checkpoint
 
-Pretraining, finetuning, reward models, DPO and PPO differ only in the arguments.
+On a GPU the device decides whether a step is skipped, and the host reads losses, norms and that decision for several steps at
+once (`_Run._read`), so that it does not wait for each step. On a CPU a read costs nothing, and every step is read.
 
+Pretraining, finetuning, reward models, DPO and PPO differ only in the arguments.
     train(model, MLM(), batches, Path("runs/bert"), budget=Budget(max_steps=1000))
 
 After a kill, an interrupt or the end of a run, the same call resumes from the last valid checkpoint, bitwise equal to an
@@ -33,13 +35,21 @@ from firth import kernel_choice
 from firth.model import flops
 from firth.training import checkpoint
 from firth.training.checkpoint import TrainingState
-from firth.training.device import Precision, casts, choose_precision, flush_denormals, keep_freed_memory, machine_peak
+from firth.training.device import (  # fmt: skip
+    Precision,
+    casts,
+    choose_precision,
+    defers_reads,
+    flush_denormals,
+    keep_freed_memory,
+    machine_peak,
+)
 from firth.training.distributed import Parallel, Ranks, Replicas
 from firth.training.logging import MetricsLog, NullReporter, OnMetrics, ProgressReporter, clock, make_reporter, short
 from firth.training.optimizer import Optimizer, OptimizerConfig
 from firth.training.run_lock import Interrupted, interrupt_handler, run_lock
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import Prefetcher, count_targets, named_metrics, pinned, to
+from firth.training.step import Prefetcher, StepNumbers, count_targets, named_metrics, pinned, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, Batch, UserError
 
@@ -60,6 +70,10 @@ def lower_is_better(metric: str) -> bool:
     if metric.startswith("task/"):
         return metric.rpartition("/")[2].startswith(LOWER_IS_BETTER_TASKS)
     return metric.startswith(LOWER_IS_BETTER)
+
+
+READ_STEPS, READ_SECONDS = 10, 10.0
+"""Steps and seconds after which the host reads what the steps on a GPU have computed, if nothing needs it before."""
 
 
 class DivergedError(UserError):
@@ -205,14 +219,18 @@ class _Run:
         self.device = next(model.parameters()).device
         if ranks.world > 1:  # replicas with different kernels would diverge
             kernel_choice.use(json.loads(ranks.from_first(json.dumps(kernel_choice.table() if ranks.first else {}))))
-        self.optimizer = Optimizer(optimizer, model, sparse=ranks.world == 1, ranks=ranks, shards=shards)
+        self.deferred = defers_reads(self.device)
+        sparse = ranks.world == 1 and not self.deferred
+        self.optimizer = Optimizer(optimizer, model, sparse, ranks, shards, self.deferred)
         replicas = Replicas(self.optimizer.parameters, ranks) if ranks.world > 1 and shards is None else Parallel()
         self.parallel, self.shards = shards or replicas, 1 if shards is None else shards.group.size()
         self.dropout = not objective.inputs & PRECOMPUTED_FIELDS
         self.state = self._start_or_resume()
         self.casts = casts(self.state.precision, self.device)
         self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
-        self.step_seconds = 0.0
+        self.unread: list[StepNumbers] = []
+        self.read_seconds = self.state.seconds  # at the last read
+        self.step_seconds = self.unshared_seconds = 0.0
         self.score: float | None = None
         self.peak = machine_peak(self.device.type, self.state.precision) * ranks.world if ranks.first else math.inf
 
@@ -249,7 +267,7 @@ class _Run:
     @cached_property
     def frozen(self) -> Mapping[str, Tensor]:
         """The hash of the frozen weights, which a run computes once."""
-        return checkpoint.frozen(self.model)
+        return checkpoint.frozen(self.model, self.ranks)
 
     @property
     def _passed(self) -> float:
@@ -300,8 +318,9 @@ class _Run:
         ):
             while not self._finished:
                 start = time.perf_counter()
-                rollout_metrics = self._prepare_source()
+                rollout_metrics = self._prepare_source(log)
                 if rollout_metrics:
+                    self._read(log)
                     self._log_rollouts(log, rollout_metrics)
                 batches = prefetcher.take(state.step)
                 if not checked:
@@ -317,7 +336,7 @@ class _Run:
         batches = self.batches.batches(step)
         return pinned(batches) if self.device.type == "cuda" else batches
 
-    def _prepare_source(self) -> Mapping[str, float]:
+    def _prepare_source(self, log: MetricsLog | None) -> Mapping[str, float]:
         """Let the source prepare this step and return its metrics.
 
         If it fails on all ranks (a user's reward), a checkpoint is saved first. If it fails on some, their sources differ, so
@@ -332,6 +351,7 @@ class _Run:
             failure = error
         errors = self.ranks.errors(failure) if source.on_policy else []
         if errors and all(errors) and self.state.step:
+            self._read(log)
             self._save()
             self.reporter.log(f"saved step {self.state.step} in {self.directory}")
         for rank, message in enumerate(errors):
@@ -361,50 +381,86 @@ class _Run:
         on_device = [to(batch, self.device) | {"step": torch.tensor(state.step)} for batch in batches]
         means = gradients(self.model, self.objective, on_device, ranks.sum, self.casts, self.parallel)
         norm = self.optimizer.clip_grad_norm()
-        *read, norm_read = torch.stack(
-            [*means.values(), norm]
-        ).tolist()  # the only read of the loss and the norm by the host
-        metrics = dict(zip(means, read, strict=True))
-        finite = all(math.isfinite(x) for x in (*(metrics[t] for t in self.objective.labels), norm_read))
-        took = time.perf_counter() - start
-        if ranks.world > 1:  # all ranks use the same time and take the same decisions
-            local = torch.tensor([took / ranks.world, not finite, stop, tokens, work], device=self.device)
-            took, bad, stops, tokens_, work = ranks.sum(local.double()).tolist()
-            finite, stop, tokens = not bad, stops > 0, round(tokens_)
+        skip = (~torch.stack([*(means[t] for t in self.objective.labels), norm]).isfinite().all()).float()
+        bad = 0.0
+        if self.deferred:
+            skip = ranks.sum(skip).clamp(max=1)
+        else:
+            bad = float(skip)
+        # All ranks use the same time and take the same decisions.
+        took = (time.perf_counter() - start + self.unshared_seconds) / ranks.world
+        took, bad, stops, tokens_, work = ranks.sum_numbers(took, bad, stop, tokens, work)
         middle = self.budget.passed(state.step + 0.5, state.seconds + 0.5 * self.step_seconds, state.flops + 0.5 * work)
         factor = self.schedule.factor(middle, state.step)
         before = time.perf_counter()
-        if finite:
-            self.optimizer.step(factor)
-            state.in_a_row = 0
-        else:
+        if self.deferred:
+            self.optimizer.step(factor, skip)
+        elif bad:
             self._check_finite_weights()
             self.optimizer.zero_grad()
-            state.skipped += 1
-            state.in_a_row += 1
-        self.step_seconds = took + time.perf_counter() - before
+            skip = torch.ones_like(skip)
+        else:
+            self.optimizer.step(factor)
+        self.unshared_seconds = time.perf_counter() - before  # counted with the next step
+        self.step_seconds = took
         state.step += 1
-        state.tokens += tokens
-        state.seconds += self.step_seconds
+        state.tokens += round(tokens_)
+        state.seconds += took
         state.flops += work
-        state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named_metrics(
-            self.objective, metrics
-        )
-        state.metrics |= {"norm": norm_read, "rate": self.lr * factor}
-        if state.in_a_row >= self.config.max_bad_steps:
-            raise DivergedError(
-                f"{state.in_a_row} steps in a row, the last of them step {state.step}, gave a loss or a gradient that is not "
-                f"finite; lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
-            )
-        return stop
+        numbers = torch.stack([*means.values(), norm, skip])
+        self.unread.append(StepNumbers(state.step, state.tokens, state.flops, self.lr * factor, tuple(means), numbers))
+        return stops > 0
+
+    def _read(self, log: MetricsLog | None, stopping: bool = False) -> None:
+        """Read the numbers of the steps since the last read: count skipped steps, and log those that are due.
+
+        Raises:
+            DivergedError: Too many steps in a row were skipped.
+        """
+        state, unread = self.state, self.unread
+        if not unread:
+            return
+        self.unread = []
+        before = time.perf_counter() if self.deferred else 0.0
+        numbers = torch.cat(
+            [one.numbers for one in unread]
+        ).tolist()  # the only read of the loss and the norm by the host
+        if self.deferred:
+            state.seconds += sum(self.ranks.sum_numbers((time.perf_counter() - before) / self.ranks.world))
+        rows = [[numbers.pop(0) for _ in (*one.names, "norm", "skip")] for one in unread]
+        if self.deferred and any(row[-1] for row in rows):
+            self._check_finite_weights()
+        each = (state.seconds - self.read_seconds) / len(unread)
+        self.read_seconds = state.seconds
+        for left, one, (*means, norm, skip) in zip(range(len(unread))[::-1], unread, rows, strict=True):
+            state.skipped += bool(skip)
+            state.in_a_row = state.in_a_row + 1 if skip else 0
+            named = named_metrics(self.objective, dict(zip(one.names, means, strict=True)))
+            state.metrics = {k: v for k, v in state.metrics.items() if k.startswith("valid/")} | named
+            state.metrics |= {"norm": norm, "rate": one.rate}
+            if state.in_a_row >= self.config.max_bad_steps:
+                raise DivergedError(
+                    f"{state.in_a_row} steps in a row, the last of them step {one.step}, gave a loss or a gradient that is not "
+                    f"finite; {self._advice}"
+                )
+            if _due(one.step, self.config.log_every) or (not left and (stopping or self._passed >= 1)):
+                self._log_step(log, one, state.seconds - left * each)
 
     def _after(self, log: MetricsLog | None, stopping: bool) -> None:
         """Log, validate and save after a step."""
         state, config = self.state, self.config
+        due = stopping or _due(state.step, config.eval_every) or _due(state.step, config.save_every)
+        late = len(self.unread) >= READ_STEPS or state.seconds - self.read_seconds >= READ_SECONDS
+        if due or late or not self.deferred or self._passed >= 1:
+            self._read(log, stopping)
         last = self._passed >= 1
-        self._log_step(log, last or stopping)
-        if last or stopping or _due(state.step, config.eval_every) or _due(state.step, config.save_every):
+        if due or last:
             self._check_finite_weights()
+        if last and state.in_a_row:
+            raise DivergedError(
+                f"the run ends at step {state.step} on a loss or a gradient that is not finite ({state.in_a_row} in a row), so this "
+                f"model is not saved; {self._advice}"
+            )
         self.score, better = None, False
         if self.evaluate is not None and (last or _due(state.step, config.eval_every)):
             metrics = self._validate(self.evaluate)
@@ -425,23 +481,20 @@ class _Run:
                 f"stopped at step {state.step} and saved in {self.directory}; run the same command again to resume"
             )
 
+    @property
+    def _advice(self) -> str:
+        return f"lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
+
     def _check_finite_weights(self) -> None:
-        """Raise a DivergedError if the weights are not finite, or if the run ends on a loss that is not, before they are saved.
+        """Raise a DivergedError if the weights are not finite, before they are saved.
 
         The weights are the same on all ranks, and so is the result. The check reads 16 GB/s, at saves, validations and bad steps.
         """
-        state = self.state
         name = checkpoint.not_finite(self.model)
-        advice = f"lower optimizer.lr (now {self.lr:g}) or increase schedule.warmup_ratio, and start a new run"
         if name:
             raise DivergedError(
-                f"step {state.step}: the optimizer has made the weight {name!r} infinite or NaN, so the model is not saved; "
-                f"{advice}"
-            )
-        if state.in_a_row and self._passed >= 1:
-            raise DivergedError(
-                f"the run ends at step {state.step} on a loss or a gradient that is not finite ({state.in_a_row} in a row), so this "
-                f"model is not saved; {advice}"
+                f"step {self.state.step}: the optimizer has made the weight {name!r} infinite or NaN, so the model is not saved; "
+                f"{self._advice}"
             )
 
     def _check_finite_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -484,30 +537,28 @@ class _Run:
         finite = [f"{name} {value:.4g}" for name, value in metrics.items() if math.isfinite(value)]
         self.reporter.log(f"step {state.step}  rollouts: " + "  ".join(finite[:5]))
 
-    def _log_step(self, log: MetricsLog | None, force: bool) -> None:
-        """Log the metrics of a step and report progress, if it is due or forced."""
+    def _log_step(self, log: MetricsLog | None, one: StepNumbers, seconds: float) -> None:
+        """Log the metrics of a step, which ended after `seconds` of training, and report progress."""
         state = self.state
-        if not force and not _due(state.step, self.config.log_every):
-            return
-        seconds, tokens, flops_ = self.last_logged
-        elapsed = max(state.seconds - seconds, 1e-9)
-        speed, work = (state.tokens - tokens) / elapsed, (state.flops - flops_) / elapsed
-        self.last_logged = (state.seconds, state.tokens, state.flops)
+        seconds_before, tokens, flops_ = self.last_logged
+        elapsed = max(seconds - seconds_before, 1e-9)
+        speed, work = (one.tokens - tokens) / elapsed, (one.flops - flops_) / elapsed
+        self.last_logged = (seconds, one.tokens, one.flops)
         row = {k: v for k, v in state.metrics.items() if not k.startswith("valid/")}
         row |= {
             "tokens_per_second": round(speed, 1),
             "flops_per_second": round(work),
             "mfu": round(work / self.peak, 4),
         }
-        row |= {"flops": state.flops, "skipped": state.skipped}
+        row |= {"flops": one.flops, "skipped": state.skipped}
         if log is not None:
-            log.row("train", state.step, state.seconds, state.tokens, row)
-        passed = self._passed
+            log.row("train", one.step, seconds, one.tokens, row)
+        passed = self.budget.passed(one.step, seconds, one.flops)
         steps = f"/{self.budget.max_steps}" if self.budget.max_steps else ""
-        left = clock(state.seconds * (1 - passed) / passed)
+        left = clock(seconds * (1 - passed) / passed)
         self.reporter.progress(
             passed,
-            f"step {state.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  "
+            f"step {one.step}{steps}  loss {row['loss']:.4f}  {short(speed)} tokens/s  {short(work)}FLOP/s  "
             f"MFU {work / self.peak:.0%}  {left} left" + (f"  {state.skipped} skipped" if state.skipped else ""),
         )
 

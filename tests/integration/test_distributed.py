@@ -78,6 +78,16 @@ def test_a_step_with_nan_on_one_rank_is_skipped_by_all(outcomes: tuple[Path, Pat
     assert (found["skipped"], found["max_difference"], found["finite"]) == (1, 0.0, True)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_infinite_gradients_are_skipped_without_a_read(outcomes: tuple[Path, Path], world: int) -> None:
+    """The decision of the device: the same skipped steps and weights as if the host had read every step."""
+    found = results(outcomes[world - 1])["late"]
+    assert len(found) == 2 * world
+    for name, (skipped, steps, difference) in found.items():
+        assert (skipped, steps) == (1, 2), name
+        assert difference <= (0.0 if "adamw" in name and world > 1 else 1e-5), name
+
+
 def test_a_gradient_of_one_rank_reaches_all_ranks(outcomes: tuple[Path, Path]) -> None:
     found = results(outcomes[1])
     assert (found["used"], found["unused"]) == ([2.0, 2.0, 2.0], True)

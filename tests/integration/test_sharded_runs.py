@@ -84,6 +84,17 @@ def test_validation_runs_on_the_shards(runs: tuple[Path, dict[str, Any]], kind: 
     assert one[1]["bits_per_byte"] == pytest.approx(sharded[1]["bits_per_byte"], abs=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["model", "checkpoint"])
+def test_one_rank_hashes_a_start_model_once(runs: tuple[Path, dict[str, Any]], kind: str) -> None:
+    folder, _ = runs
+    start = folder / {"model": "sharded/model", "checkpoint": "sharded/checkpoints/step-000001"}[kind]
+    weights = [str(path) for path in start.rglob("*.safetensors") if path.name != "optimizer.safetensors"]
+    assert weights
+    for rank in (0, 1):
+        lines = printed(folder, f"sharded from {kind}", rank).splitlines()
+        assert {path: lines.count(f"hashed {path}") for path in weights} == dict.fromkeys(weights, 1 - rank)
+
+
 def test_a_checkpoint_of_an_unfinished_run_is_exported(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = runs
     run = tmp_path / "run"

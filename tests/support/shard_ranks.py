@@ -34,6 +34,7 @@ from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import PPO
 from firth.objectives.preferences import DPO
 from firth.objectives.replaced_tokens import RTD
+from firth.objectives.semi_supervised import WeightPenalty
 from firth.objectives.seq2seq import SpanCorruption
 from firth.objectives.sft import SFT
 from firth.peft import lora
@@ -102,6 +103,13 @@ CASES = {
     "span-corruption": Case(SpanCorruption(), SEQ2SEQ),
     "sft": Case(SFT(), DECODER, dialogue),
     "dpo": Case(DPO(), DECODER, comparison),
+    "weight-penalty": Case(CausalLM() + WeightPenalty(weight=0.01), DECODER),
+    "weight-penalty-shared-blocks": Case(
+        MLM() + WeightPenalty(weight=0.01),
+        ENCODER.with_fields({"num_layer_groups": 1, "norm.first_attention": True}),
+        special_tokens_text,
+        checkpointing=True,
+    ),
     "lora": Case(CausalLM(), DECODER, lora=True),
     "ppo": Case(PPO(), DECODER),
 }

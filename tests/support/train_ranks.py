@@ -10,6 +10,8 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -21,14 +23,17 @@ from firth.align.rollouts import RolloutsConfig, RolloutSource
 from firth.data.collate import Batches
 from firth.model.config import decoder_config
 from firth.model.model import LM
+from firth.model.shard_tensors import gathered
 from firth.objectives.objective import Objective
 from firth.objectives.policy_gradient import GRPO, PPO, RLOO
-from firth.training import muon
+from firth.training import muon, trainer
+from firth.training.checkpoint import load
 from firth.training.distributed import Parallel, Ranks, Replicas, join
 from firth.training.logging import NullReporter
 from firth.training.optimizer import OptimizerConfig
 from firth.training.schedule import Budget, Schedule
-from firth.training.step import step, validate
+from firth.training.sharding import Shards
+from firth.training.step import SINGLE, step, validate
 from firth.training.trainer import TrainerConfig, TrainingResult, train
 from firth.types import Batch, Outputs
 from tests.support.byte_tokenizer import ByteTokenizer
@@ -49,18 +54,60 @@ class NanOnRank1(WithAccuracy):
         return terms
 
 
+class InfiniteGradientOnRank1(NanOnRank1):
+    """The second loss on rank 1 is finite, and its gradient infinite."""
+
+    calls = 0
+
+    def loss(self, model: LM, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        terms = WithAccuracy.loss(self, model, outputs, batch)
+        type(self).calls += 1
+        if type(self).calls == 2 and self.rank == self.bad_rank:
+            terms["tokens"].register_hook(lambda gradient: gradient * float("inf"))
+        return terms
+
+    bad_rank = 1
+
+
 def short_run(
-    directory: Path, ranks: Ranks, model: LM, steps: int, objective: WithAccuracy, accumulate: int
-) -> TrainingResult:
+    directory: Path, ranks: Ranks, model: LM, steps: int, objective: WithAccuracy, accumulate: int,
+    optimizer: Literal["adamw", "muon"] = "adamw", shards: Shards | None = None,
+) -> TrainingResult:  # fmt: skip
     def evaluate(model: LM, _: int) -> dict[str, float]:
         batches = small_batches(Chains(), rank=ranks.rank, world=ranks.world).all_batches()
-        return validate(model, objective, batches, reduce=ranks.sum)
+        filler = [] if shards is None else small_batches(Chains(), rank=ranks.rank, world=ranks.world).filler()
+        return validate(model, objective, batches, reduce=ranks.sum, parallel=shards or SINGLE, filler=filler)
 
     return train(
         model, objective, small_batches(Chains(), accumulate, ranks.rank, ranks.world), directory,
-        budget=Budget(max_steps=steps), optimizer=OptimizerConfig("adamw", lr=1e-3), schedule=Schedule("constant", warmup_ratio=0.0),
-        config=TrainerConfig(save_every=0, precision="fp32"), evaluate=evaluate, ranks=ranks, reporter=NullReporter(),
+        budget=Budget(max_steps=steps), optimizer=OptimizerConfig(optimizer, lr=1e-3), schedule=Schedule("constant", warmup_ratio=0.0),
+        config=TrainerConfig(save_every=0, precision="fp32"), evaluate=evaluate, ranks=ranks, reporter=NullReporter(), shards=shards,
     )  # fmt: skip
+
+
+def deferred_skips(out: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Return skipped steps, steps of AdamW, and the largest difference of a weight to a run that reads every step.
+
+    Three steps, of which the second has an infinite gradient on rank 1, for each optimizer, with copies of the model and with shards.
+    """
+    found: dict[str, list[float]] = {}
+    ways = ("copies", "shards") if ranks.world > 1 else ("copies",)
+    for way in ways:
+        for name in ("adamw", "muon"):
+            weights = []
+            for deferred in (False, True):
+                InfiniteGradientOnRank1.calls, InfiniteGradientOnRank1.rank = 0, ranks.rank
+                InfiniteGradientOnRank1.bad_rank = ranks.world - 1
+                model = small_model(dropout=0.0)
+                shards = Shards(model, ranks, ranks.world, torch.device("cpu")) if way == "shards" else None
+                directory = out / f"{way}-{name}-{deferred}"
+                with patch.object(trainer, "defers_reads", lambda device, deferred=deferred: deferred):
+                    result = short_run(directory, ranks, model, 3, InfiniteGradientOnRank1(), 1, name, shards)  # type: ignore[arg-type]
+                weights.append(torch.cat([gathered(p).detach().flatten() for p in model.parameters()]))
+            saved = load(directory / "checkpoints" / "step-000003").files["optimizer"]
+            steps = {x.item() for key, x in saved.items() if key.startswith("step/")}
+            found[f"{way} {name}"] = [result.skipped, *steps, (weights[0] - weights[1]).abs().max().item()]
+    return found
 
 
 def parallel(model: torch.nn.Module, ranks: Ranks) -> Parallel:
@@ -152,6 +199,7 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
     loss = (2 * used).sum() + common.sum() if ranks.first else common.sum()
     parallel(torch.nn.ParameterList([used, unused, common]), ranks).backward(loss, last=True)
 
+    late = deferred_skips(out, ranks)
     rewarded = random_rewards(ranks)
     matrices = torch.randn(5, 8, 24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     dealt = ranks.dealt(muon.orthogonalize, matrices)
@@ -169,7 +217,7 @@ def run_all(out: Path, ranks: Ranks, accumulate: int) -> None:
             "step": {k: v.item() for k, v in means.items()}, "trained": plain.metrics, "tokens": plain.tokens,
             "skipped": with_nan.skipped, "max_difference": (gathered - gathered[0]).abs().max().item(),
             "finite": bool(torch.isfinite(flat).all()), "used": used.grad.tolist(), "unused": unused.grad is None,
-            "muon_difference": muon_difference.item(),
+            "muon_difference": muon_difference.item(), "late": late,
         } | rewarded  # fmt: skip
         (out / "results.json").write_text(json.dumps(results))
 

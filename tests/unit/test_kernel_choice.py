@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -399,6 +402,25 @@ def test_torch_is_used_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert native.why_not().endswith("fails: it broke")
     finally:
         native._outcome.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A power failure can leave an empty file under the final name, or one whose end is missing, which would end the process."""
+    if native.why_not():
+        pytest.skip(f"no native kernels: {native.why_not()}")
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "SOURCES", native.SOURCES[-1:])
+    monkeypatch.setenv(
+        "CC", f"{shutil.which('env')} LANG=C {os.environ.get('CC') or 'cc'}"
+    )  # a compiler may have arguments
+    whole = native.build().read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        native.build().write_bytes(content)
+        assert native.build().read_bytes() == whole
+    assert ctypes.CDLL(str(native.build())).summarize
+    compiled = native.build().stat().st_mtime_ns
+    assert native.build().stat().st_mtime_ns == compiled, "an intact one is used"
 
 
 @pytest.mark.parametrize(("rows", "columns"), itertools.product((24, 96), (24, 96)))

@@ -14,6 +14,7 @@ from firth.data.windows import Documents, SegmentPairsConfig
 from firth.runs.recipe import load
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.tokenizer.train import train
+from firth.types import UserError
 
 
 def texts(count: int, sentences: int) -> list[str]:
@@ -110,3 +111,30 @@ def test_pairs_are_drawn_anew_in_each_epoch(tokenizer: Tokenizer, tmp_path: Path
 def test_recipes_use_whole_sentences() -> None:
     assert load("bert").examples.whole_sentences and load("albert").examples.whole_sentences
     assert not load("albert", ["examples.whole_sentences=false"]).examples.whole_sentences
+
+
+def test_one_document_may_be_nearly_all_of_the_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Its pairs take their random segment from the rest, and few draws: one from all tokens would rarely be in the rest."""
+    found = [Document("long", "The sea is wide. The land is dry. " * 4000), Document("short", "Then stone and reed.")]
+    store = TokenStore.build(found, tokenizer, tmp_path / "store")
+    pairs = Documents(SegmentPairsConfig(max_length=40), store, tokenizer.vocab)
+    draws = 0
+
+    class Counted(type(pairs.index)):  # type: ignore[misc]
+        def document(self, at: int) -> tuple[int, int]:
+            nonlocal draws
+            draws += 1
+            return super().document(at)
+
+    pairs.index.__class__ = Counted
+    for i in range(20):
+        assert tokenizer.decode(pairs[i]["other"]).strip() in "Then stone and reed."
+    assert draws < 20 * 40
+
+
+def test_other_documents_without_text_are_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found = [Document("text", "The sea is wide. " * 40), Document("none", "")]
+    store = TokenStore.build(found, tokenizer, tmp_path / "store")
+    assert len(store) == 2
+    with pytest.raises(UserError, match="segment pairs need two documents or more with text, one for a random segment"):
+        Documents(SegmentPairsConfig(max_length=40), store, tokenizer.vocab)

@@ -82,7 +82,7 @@ def test_a_run_opens_each_file_once(folder: Path, tmp_path: Path, given: bool) -
 
 def test_other_ranks_hash_the_text_without_reading_it(folder: Path, tmp_path: Path) -> None:
     recipe = load("gpt", [f"data.path={folder}", "tokenizer.vocab_size=400"])
-    inputs = RunInputs.read(recipe, tmp_path, lambda _: None, first=False)
+    inputs = RunInputs.read(recipe, tmp_path, lambda _: None, first={})
     assert not text_cache._cache
     assert inputs == RunInputs.read(recipe, tmp_path, lambda _: None)
     assert len(text_cache._cache) == 1

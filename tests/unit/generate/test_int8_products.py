@@ -174,3 +174,31 @@ def test_an_embedding_returns_the_rows_of_the_matrix() -> None:
     rows = Int8Embedding(panels, steps, (37, 70))(ids)
     assert torch.equal(rows, dequantize(panels, steps, 37, 70)[ids])
     assert (rows - weight[ids]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("way", ["native", "torch"])
+def test_activations_near_zero_are_zeros(way: str) -> None:
+    """The inverse of their scale would be infinite, and its product with a zero of the same group NaN."""
+    layer, x = Int8Linear.of(torch.randn(20, 128), None), torch.zeros(2, 128)
+    x[:, 3], x[1, 100] = 1e-36, 1.0
+    small, other = layer.multiply(x, way)
+    assert not small.any()
+    assert torch.allclose(other, dequantize(layer.weight, layer.steps, 20, 128)[:, 100])
+
+
+@pytest.mark.parametrize("way", ["native", "torch"])
+@pytest.mark.parametrize("odd", [float("inf"), -float("inf"), float("nan")])
+def test_activations_that_are_not_finite_stay_visible(way: str, odd: float) -> None:
+    x = torch.ones(3, 128)
+    x[1, 70:72] = odd
+    found = Int8Linear.of(torch.randn(20, 128), None).multiply(x, way)
+    assert found.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_there_may_be_no_rows() -> None:
+    layer, table = (
+        Int8Linear.of(torch.randn(20, 128), None),
+        Int8Embedding(*quantize_groups(torch.randn(9, 80)), (9, 80)),
+    )
+    assert layer(torch.zeros(0, 3, 128)).shape == (0, 3, 20)
+    assert table(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3, 80)

@@ -68,9 +68,7 @@ def test_the_sample_has_the_fields_of_each_kind_of_examples(name: str) -> None:
 
 def test_constraints_of_a_sum_are_those_of_both() -> None:
     both = MLM(num_maskings=10, noise="words") + Classification(class_names=("a", "b")) + WeightPenalty()
-    assert both.constraints == Constraints(
-        num_copies=10, text_units=frozenset({"words"}), class_names=("a", "b"), whole_weights=True
-    )
+    assert both.constraints == Constraints(num_copies=10, text_units=frozenset({"words"}), class_names=("a", "b"))
     assert [type(one) for one in components(both)] == [MLM, Classification, WeightPenalty]
 
 

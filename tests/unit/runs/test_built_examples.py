@@ -85,6 +85,9 @@ def built(**fields: object) -> dict[str, object]:
         ({"labels": np.array([6, 7, 10])}, r"the field 'labels' has the id 10: the 10 ids of the model begin at 0"),
         ({"labels": np.array([6, 7, -1])}, r"the field 'labels' has the id -1"),
         ({"tokens": np.array([5, 6, IGNORE])}, r"the field 'tokens' has the id -100"),
+        ({"tokens": 5}, r"the field 'tokens' is the single number 5: return an array"),
+        ({"labels": 6}, r"the field 'labels' is int64 of shape \(\): it must be whole numbers of shape \(3,\)"),
+        ({"names": np.array(["a"])}, r"the field 'names' is an array of <U1: return arrays of numbers"),
         ({"query_time": None}, r"attention is 'causal', but there is no field 'query_time', so each token would see all"),
     ],
 )  # fmt: skip
@@ -92,6 +95,12 @@ def test_a_wrong_example_is_an_error(fields: dict[str, object], fault: str) -> N
     check_built(Causal(), [built()], SIZE)
     with pytest.raises(UserError, match=rf"^build_example of objective [\w.]+:Causal: {fault}"):
         check_built(Causal(), [built(), built(**fields)], SIZE)
+
+
+def test_an_example_is_a_dictionary() -> None:
+    for example, written in ((None, "None"), ([TOKENS], r"\[array\(\[5, 6, 7\]\)\]")):
+        with pytest.raises(UserError, match=rf":Causal: it returned {written}: return a dictionary of NumPy arrays$"):
+            check_built(Causal(), [example], SIZE)
 
 
 def test_only_objectives_outside_firth_are_checked() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -166,6 +167,35 @@ def test_clipping_scales_all_gradients_together() -> None:
     before = clipped.clone()
     optimizer.clip_grad_norm()  # at the limit already: only rounding
     assert torch.allclose(torch.cat([p.grad.flatten() for p in optimizer.parameters]), before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_step_skipped_on_the_device_changes_nothing(name: Literal["adamw", "muon"], value: float) -> None:
+    """With 1, weights, moments and counters of steps stay to the bit; with 0, the step is the usual one."""
+    models = [tiny(), tiny()]
+    late, usual = (Optimizer(OptimizerConfig(name), model, deferred=model is models[0]) for model in models)
+    for number in range(3):
+        for optimizer in (late, usual):
+            generator = torch.Generator().manual_seed(number)
+            for p in optimizer.parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+        if number == 2:
+            late.parameters[3].grad.view(-1)[5] = value
+            assert not late.clip_grad_norm().isfinite()
+            before = {k: x.clone() for k, x in (late.state() | dict(models[0].named_parameters())).items()}
+            late.step(1.0, torch.ones(()))
+            after = late.state() | dict(models[0].named_parameters())
+            assert before.keys() == after.keys()
+            assert {x.item() for k, x in after.items() if k.startswith("step/")} == {2}
+            assert all(torch.equal(x, after[k]) for k, x in before.items())
+            assert all(p.grad is None for p in late.parameters)
+        else:
+            assert torch.equal(late.clip_grad_norm(), usual.clip_grad_norm())
+            late.step(1.0, torch.zeros(()))
+            usual.step(1.0)
+            for p, other in zip(late.parameters, usual.parameters, strict=True):
+                assert torch.allclose(p, other, rtol=1e-5, atol=1e-7)
 
 
 def test_state_and_restore_are_inverse() -> None:

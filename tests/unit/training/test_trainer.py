@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,11 +40,11 @@ def rows(directory: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
-def assert_same_run(one: Path, other: Path, step: int) -> None:
+def assert_same_run(one: Path, other: Path, step: int, on_policy: bool = True) -> None:
     """Assert that weights, optimizer, source, random states and metrics are bitwise equal."""
     assert rows(one) == rows(other)
     a, b = (load(p / "checkpoints" / f"step-{step:06d}") for p in (one, other))
-    assert a.files.keys() == b.files.keys() == {"model", "optimizer", "source"}
+    assert a.files.keys() == b.files.keys() == {"model", "optimizer"} | ({"source"} if on_policy else set())
     for name in a.files:
         assert a.files[name].keys() == b.files[name].keys()
         for key, x in a.files[name].items():
@@ -161,6 +162,30 @@ def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
     small_run(tmp_path, 2)  # afterwards the lock is free
 
 
+@pytest.mark.parametrize("later", ["save", "seconds"])
+def test_deferred_reads_change_neither_rows_nor_resuming(
+    later: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """25 steps on fixed data, saved at 7, 14 and 21, or read whenever 0 seconds have passed; the second run resumes at 14."""
+    monkeypatch.setattr(trainer, "defers_reads", lambda device: True)
+    monkeypatch.setattr(trainer, "READ_SECONDS", 0.0 if later == "seconds" else 10.0)
+
+    def run(directory: Path, steps: int) -> None:
+        torch.set_num_threads(1)
+        train(
+            small_model(), WithAccuracy(), small_batches(Chains()), directory, budget=Budget(max_steps=steps), recipe="r",
+            schedule=Schedule("constant"), config=TrainerConfig(save_every=7, log_every=2, precision="fp32"), reporter=NullReporter(),
+        )  # fmt: skip
+
+    run(tmp_path / "whole", 25)
+    run(tmp_path / "resumed", 14)
+    run(tmp_path / "resumed", 25)
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [*range(2, 25, 2), 25]
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed", 25, on_policy=False)
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+
+
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     first = small_run(tmp_path, 4)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
@@ -235,6 +260,13 @@ def run_with_nan(directory: Path, bad: frozenset[int], steps: int, limit: int = 
     )  # fmt: skip
 
 
+@pytest.fixture(params=["read", "deferred"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read each step, as on a CPU, or let the device decide and read later, as on a GPU."""
+    monkeypatch.setattr(trainer, "defers_reads", lambda device: request.param == "deferred")
+
+
+@pytest.mark.usefixtures("way")
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
     found = run_with_nan(tmp_path, frozenset({1, 2}), steps=4)
     assert found.skipped == 2
@@ -246,6 +278,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> Non
     assert {x.item() for k, x in saved.files["optimizer"].items() if k.startswith("step/")} == {2}
 
 
+@pytest.mark.usefixtures("way")
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 steps in a row, the last of them step 5, .* lower optimizer.lr"):
         run_with_nan(tmp_path, frozenset({0, 2, 3, 4}), steps=9, limit=3)
@@ -370,11 +403,12 @@ def test_sums_over_a_single_rank_are_the_identity() -> None:
     assert Ranks().gather(x).shape == (1, 3)
 
 
+@pytest.mark.usefixtures("way")
 def test_infinite_weights_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss and gradient of the last step are finite, but its update is not: the run fails with the cause."""
 
-    def update(optimizer: trainer.Optimizer, factor: float) -> None:
-        original(optimizer, factor)
+    def update(optimizer: trainer.Optimizer, *arguments: Any) -> None:
+        original(optimizer, *arguments)
         with torch.no_grad():
             optimizer.parameters[0].view(-1)[3] *= float("inf")
 
@@ -395,6 +429,7 @@ def test_infinite_weights_are_an_error(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
+@pytest.mark.usefixtures("way")
 def test_divergence_at_a_huge_learning_rate_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ends at step 4 on a loss .* not finite \(\d in a row\)|has made the weight"):
         train(small_model(), WithAccuracy(), small_batches(Chains()), tmp_path, budget=Budget(max_steps=4),
@@ -402,6 +437,7 @@ def test_divergence_at_a_huge_learning_rate_is_an_error(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bad", [{0, 1, 2}, {2}])
 def test_a_final_loss_that_is_not_finite_is_an_error(bad: set[int], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"ends at step 3 on a loss .* not finite \({len(bad)} in a row\)"):
@@ -434,8 +470,8 @@ def test_frozen_weights_are_hashed_once_a_run(tmp_path: Path, monkeypatch: pytes
     model, hashed, frozen = small_model(), [], checkpoint.frozen
     model.tokens.weight.requires_grad_(False)
 
-    def counted(model: LM) -> dict[str, Tensor]:
-        hashed.append(frozen(model))
+    def counted(model: LM, ranks: Ranks) -> dict[str, Tensor]:
+        hashed.append(frozen(model, ranks))
         return hashed[-1]
 
     monkeypatch.setattr(checkpoint, "frozen", counted)
