@@ -37,7 +37,7 @@ from firth.model.fused import Dropout
 from firth.model.kv_cache import DecodingCache
 from firth.model.positions import DistanceIndex, RelativeBias, distance_index, rope_angles, rotation
 from firth.model.variants import Linformer
-from firth.types import NEVER, Batch, host_copy, with_host_copy
+from firth.types import NEVER, Batch, host_copy, on_both, with_host_copy
 
 MAX_ROTATION_ROWS = 8
 """Rows of a decoding batch up to which rotary positions are faster as one matrix product."""
@@ -284,7 +284,7 @@ class TransformerStack(nn.Module):
             pairs, keys = cache.encoder_kv, cache.encoder_fields
         else:
             return [None] * self.depth
-        always = torch.full_like(fields["tokens"], NEVER - 1, dtype=torch.int32)
+        always = on_both(lambda x: torch.full_like(x, NEVER - 1, dtype=torch.int32), fields["tokens"])
         documents = fields.get("document_ids"), keys.get("document_ids")
         mask = AttentionMask.from_times(always, keys["key_time"], *documents, self.flex)
         return [AttentionContext(mask, encoder_kv=pair) for pair in pairs]

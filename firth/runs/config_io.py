@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -390,9 +391,12 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
     >>> override({"batch": {"size": 16, "group_by_length": 0}}, ["batch.size=64"])
     {'batch': {'size': 64, 'group_by_length': 0}}
+    >>> override({"objective": ["sop", "mlm"]}, ["objective[1].noise=iid"])
+    {'objective': ['sop', {'kind': 'mlm', 'noise': 'iid'}]}
 
     Raises:
-        UserError: An assignment has no "=", or sets a field that none or several of the kinds in a list have.
+        UserError: An assignment has no "=", sets a field that none or several of the kinds in a list have, or names a place that a
+            list does not have.
     """
     result: dict[str, Any] = _copy(data)
     for assignment in assignments:
@@ -402,6 +406,10 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         *parents, last = name.split(".")
         place = result
         for parent in parents:
+            numbered = re.fullmatch(r"(\w+)\[(\d+)\]", parent)
+            if numbered and isinstance(place.get(numbered[1]), list):
+                place = _numbered(place[numbered[1]], int(numbered[2]), parent)
+                continue
             inner = place.get(parent)
             if isinstance(inner, list) and last != "kind" and (component := _component(inner, last, name)) is not None:
                 place = component
@@ -418,6 +426,16 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             value = text
         place[last] = value
     return result
+
+
+def _numbered(components: list[Any], number: int, name: str) -> dict[str, Any]:
+    """Return a component of a list of kinds by its place, as `firth show` names it."""
+    if number >= len(components):
+        raise UserError(f"{name}: the list has {len(components)} entries, numbered from 0")
+    if isinstance(components[number], str):
+        components[number] = {"kind": components[number]}
+    found: dict[str, Any] = components[number]
+    return found
 
 
 def _component(components: list[Any], field: str, name: str) -> Any:
@@ -441,7 +459,8 @@ def _component(components: list[Any], field: str, name: str) -> Any:
             f"{listing}, and none has a field {field!r}{_nearest(field, sorted({f for of in fields.values() for f in of}))}"
         )
     raise UserError(
-        f"{listing}, and {' and '.join(one['kind'] for one in matching)} have a field {field!r}: write {name.rpartition('.')[0]}=[...]"
+        f"{listing}, and {' and '.join(one['kind'] for one in matching)} have a field {field!r}: write "
+        f"{name.rpartition('.')[0]}[{mappings.index(matching[0])}].{field}="
     )
 
 

@@ -252,7 +252,8 @@ def estimate_prepared(run: PreparedRun, timed: bool = True) -> RunEstimate:
     step = step_estimate(run.build, resolved, sampled, kept, run.batches.source, run.varieties())
     world = run.batches.world
     if run.degree > 1:
-        step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree))
+        accumulates = resolved.batch.gradient_accumulation_steps > 1
+        step = dataclasses.replace(step, memory=sharded_memory(run.build, step.memory, run.degree, accumulates))
     seconds, how = 0.0, "not measured"
     if timed:
         seconds, how = step_seconds(run.build, resolved, run.batches, step.flops, step.peak_bytes)

@@ -251,8 +251,10 @@ def fingerprint(source: DataConfig, paths: Sequence[str], tokenizer: Tokenizer) 
 
 
 def _unknown_share(store: TokenStore, tokenizer: Tokenizer) -> float:
-    """Return the fraction of a store's tokens that are unknown; reads 1 Mi tokens at a time."""
-    unk, stretch = tokenizer.vocab.roles.get("unk", -1), 1 << 20
+    """Return the fraction of a store's tokens that are unknown; reads 1 Mi tokens at a time, if there is an unknown token."""
+    unk, stretch = tokenizer.vocab.roles.get("unk"), 1 << 20
+    if unk is None:
+        return 0.0
     stretches = (store.tokens[at : at + stretch] for at in range(0, len(store.tokens), stretch))
     return sum(int(np.count_nonzero(tokens == unk)) for tokens in stretches) / max(1, len(store.tokens))
 

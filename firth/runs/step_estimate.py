@@ -46,14 +46,14 @@ from firth.training.device import (
     recorded_in,
     recorded_speed,
 )
-from firth.training.memory import StepMemory, memory_trace, trace_step
+from firth.training.memory import StepMemory, memory_trace, trace_step, variety
 from firth.training.optimizer import Optimizer, param_groups
 from firth.training.step import Prefetcher, to
 from firth.training.step import step as gradients
 from firth.types import PRECOMPUTED_FIELDS, VERSION, Batch, UserError
 
-MIN_TRACED = 3
-"""Fewest steps that are run without data: the first has no optimizer state."""
+MIN_TRACED = 6
+"""Fewest steps that are run without data: the first has no optimizer state, and the heap grows over several."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,16 @@ def step_estimate(
     Args:
         build: Builds the model.
         recipe: The recipe.
-        steps: The micro-batches of some steps: tokens and FLOPs are means over them. The memory is that of all in
-            this order: blocks of varied sizes leave holes.
+        steps: The micro-batches of some steps: tokens and FLOPs are means over them. The memory is that of those with different
+            shapes in this order: blocks of varied sizes leave holes.
         frozen_bytes: Bytes of further models that the run keeps.
         source: The source of the batches; an on-policy one runs its rollouts without data too.
         run: The `variety` of the first steps of a run.
     """
     objective = recipe.objective
-    device, traced = default_device(), [*steps] * -(-MIN_TRACED // len(steps))
+    device = default_device()
+    different = list({variety(objective, batches): batches for batches in steps}.values())
+    traced = different * -(-MIN_TRACED // len(different))
     with memory_trace(device) as trace:
         with device:
             model = build()
@@ -147,16 +149,17 @@ def step_estimate(
     )
 
 
-def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> StepMemory:
+def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int, accumulates: bool = False) -> StepMemory:
     """Return the memory of a step on one of `degree` processes that share a model (`firth.training.sharding`).
 
     Each has its part of weights, gradients and optimizer state. The weights outside the blocks and those of two blocks are
-    gathered at the peak, with a gradient of as many.
+    gathered at the peak, with a gradient of as many. Between micro-batches each process keeps the gradient of the whole model.
 
     Args:
         build: Builds the model.
         memory: That of a process with a whole model.
         degree: The processes that share a copy.
+        accumulates: Whether a step has several micro-batches.
     """
     with memory_trace(default_device()), default_device():
         model = build()
@@ -168,7 +171,7 @@ def sharded_memory(build: Callable[[], LM], memory: StepMemory, degree: int) -> 
     gathered = 2 * 4 * (rest + 2 * max(blocks, default=0))
     whole = memory.weights + memory.gradients + memory.optimizer
     own = [size // degree for size in (memory.weights, memory.gradients, memory.optimizer)]
-    activations = memory.activations + min(gathered, whole - sum(own))
+    activations = memory.activations + min(gathered, whole - sum(own)) + accumulates * memory.gradients
     free = memory.free * sum(own) // max(1, whole)  # blocks of 1 MB or more are returned when they are freed
     return dataclasses.replace(
         memory, weights=own[0], gradients=own[1], optimizer=own[2], activations=activations, free=free

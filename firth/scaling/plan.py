@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from firth.model.flops import num_parameters
 from firth.report.charts import number
 from firth.runs import config_io
 from firth.runs.estimate import PreparedRun, RunEstimate, estimate_prepared
 from firth.runs.recipe import Recipe, load
 from firth.runs.recipe_names import RECIPES
 from firth.runs.run import check_weights_fit
-from firth.runs.step_estimate import check_fits
+from firth.runs.step_estimate import certainly_fits, check_fits
 from firth.scaling.fit import Estimate
 from firth.scaling.fitted import FAR, FittedLaw, LawPoint
 from firth.scaling.sizes import count_parameters, planned_recipe, scaled, scaled_config
@@ -241,10 +242,10 @@ def _vocabulary(base: Recipe, law: FittedLaw, seconds: float) -> int:
     best = law.optimum(seconds * speed).parameters.value
     others = {}
     for width in WIDTHS:
-        recipe = scaled(base, width)
-        assert recipe.model is not None
-        counted = count_parameters(recipe).multiplied
-        others[width] = (abs(np.log(counted / best)), counted - recipe.model.vocab_size * width)
+        config = scaled_config(base.model, width)
+        table = 0 if config.tie_embeddings else config.vocab_size * config.embedding_dim
+        counted = num_parameters(config) - table
+        others[width] = (abs(np.log(counted / best)), counted - config.vocab_size * width)
     width = min(others, key=lambda w: others[w][0])
     return largest_of_model(max(1.0, others[width][1]), width)
 
@@ -338,6 +339,8 @@ class _Choice:
         sized = self._of_width(size.width)
         try:
             check_weights_fit(sized.recipe, sized.recipe.model, Ranks())
+            if certainly_fits(sized.recipe, sized.batches.batches(0), default_device()):
+                return ""
             step = (self.timed.get(size.width) or estimate_prepared(sized, timed=False)).step
             check_fits(step, default_device(), max(1, round(size.tokens / step.tokens)))
         except UserError as error:

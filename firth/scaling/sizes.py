@@ -17,11 +17,13 @@ the check of the exponent.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from firth.model.config import ModelConfig
 from firth.model.model import LM
+from firth.objectives.objective import Objective
 from firth.runs.recipe import EvalConfig, Recipe
 from firth.training.schedule import Budget, Schedule
 from firth.types import UserError
@@ -105,9 +107,13 @@ class ParameterCounts:
 def count_parameters(recipe: Recipe) -> ParameterCounts:
     """Count the parameters of a recipe's model with the heads of its objective, without allocating them."""
     assert recipe.model is not None
-    config = recipe.model
+    return _count_parameters(recipe.model, recipe.objective)
+
+
+@cache
+def _count_parameters(config: ModelConfig, objective: Objective) -> ParameterCounts:
     with torch.device("meta"):
-        model = LM(config, recipe.objective.heads(config))
+        model = LM(config, objective.heads(config))
     total = sum(p.numel() for p in model.parameters())
     table = 0 if config.tie_embeddings or config.embedding.characters.max_length else config.vocab_size
     return ParameterCounts(total - table * config.embedding_dim, total)

@@ -250,16 +250,14 @@ def rnn_workspace(x: Tensor, *args: Any) -> int:
     They grow by the same number with each position. So the layer is run on zeros, on two short texts.
 
     Args:
-        x: The input of `aten::mkldnn_rnn_layer`.
+        x: The input of `aten::mkldnn_rnn_layer`: positions, rows, width, whatever its `batch_first` says.
         args: Its further arguments.
     """
     weights, rest = [torch.zeros(w.shape, dtype=w.dtype) for w in args[:6]], args[6:]
-    axis = 1 if args[13] else 0
-    length = x.shape[axis]
+    length = x.shape[0]
 
     def kept(positions: int) -> int:
-        shape = [positions if i == axis else n for i, n in enumerate(x.shape)]
-        out = torch.ops.aten.mkldnn_rnn_layer(torch.zeros(shape, dtype=x.dtype), *weights, *rest)
+        out = torch.ops.aten.mkldnn_rnn_layer(torch.zeros(positions, *x.shape[1:], dtype=x.dtype), *weights, *rest)
         return 0 if out[3] is None else int(out[3].untyped_storage().nbytes())
 
     short = min(length, RNN_POSITIONS)

@@ -40,6 +40,13 @@ def test_memory_falls_with_the_processes(text: Path) -> None:
     assert shared.step.memory.optimizer == pytest.approx(alone.step.memory.optimizer / 2, rel=0.01)
     assert shared.step.peak_bytes < two.step.peak_bytes < alone.step.peak_bytes
     assert not (alone.whole or two.whole)
+    micro = "batch.gradient_accumulation_steps=2"  # a shard then keeps the gradient of the whole model between them
+    copies, shards = (
+        estimate(load("gpt", [f"data.path={text}", *SETTINGS, f"distributed.shard={shard}", micro]), False, quiet, 2).step.memory
+        for shard in ("none", "full")
+    )  # fmt: skip
+    gathered = shared.step.memory.activations - two.step.memory.activations
+    assert shards.activations == copies.activations + gathered + copies.gradients
 
 
 @pytest.mark.parametrize("prompts", ["[]", "[the]"])

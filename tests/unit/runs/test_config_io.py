@@ -175,8 +175,9 @@ def test_setting_on_a_sum_goes_to_its_component() -> None:
         (["objective.follow=0.2"], r"\[nsp, mlm\], and none has a field 'follow'; did you mean 'follows'\?"),
         (
             ["objective=[mlm, rtd]", "objective.mlm_probability=0.2"],
-            "mlm and rtd have a field 'mlm_probability': write objective=\\[...\\]",
+            "mlm and rtd have a field 'mlm_probability': write objective\\[0\\].mlm_probability=",
         ),
+        (["objective[2].noise=iid"], r"objective\[2\]: the list has 2 entries, numbered from 0"),
         (["samples.rate=0.2"], "samples"),
     ],
 )

@@ -25,6 +25,16 @@ def test_the_shown_fields_can_be_set() -> None:
     assert {"batch.size", "model.norm.eps", "budget.max_steps", "optimizer.lr", "evaluation.every"} <= names
 
 
+def test_the_shown_fields_of_a_sum_can_be_set() -> None:
+    plain = load("albert")
+    shown = [field for field in fields_of(plain) if field.name.startswith("objective[")]
+    assert {"objective[0].swapped", "objective[1].noise"} <= {field.name for field in shown}
+    for field in shown:
+        assert load("albert", [f"{field.name}={field.value}"]) == plain
+    changed = load("albert", ["objective[1].noise=iid"])
+    assert [field.value for field in fields_of(changed) if field.name == "objective[1].noise"] == ["iid"]
+
+
 def test_show_prints_value_default_and_meaning() -> None:
     done = CliRunner().invoke(app, ["show", "gpt", "batch.size=3"])
     lines = done.output.splitlines()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from firth.data.collate import Batches
 from firth.model.attention_kernels import packed_texts
-from firth.model.config import decoder_config, encoder_config
+from firth.model.config import decoder_config, encoder_config, encoder_decoder_config
 from firth.model.model import LM
 from firth.objectives.causal_lm import CausalLM
 from firth.objectives.masked_lm import MLM
@@ -26,6 +26,7 @@ from firth.objectives.objective import Objective, supervised
 from firth.objectives.preferences import DPO
 from firth.objectives.replaced_tokens import RTD
 from firth.objectives.semi_supervised import WeightPenalty
+from firth.objectives.seq2seq import SpanCorruption
 from firth.training import trainer
 from firth.training.distributed import Ranks
 from firth.training.logging import NullReporter, read_metrics
@@ -103,6 +104,11 @@ CASES: dict[str, tuple[Objective, Any, Any]] = {
     "mlm": (MLM(), encoder_config(101, 32, 2, num_heads=2, max_positions=64), special_tokens_text),
     "rtd": (RTD(), encoder_config(101, 32, 2, num_heads=2, max_positions=64), special_tokens_text),
     "dpo": (DPO(), decoder_config(101, 32, 2, num_heads=2, max_positions=64), comparison),
+    "span corruption": (
+        SpanCorruption(),
+        encoder_decoder_config(101, 32, 2, num_heads=2, max_positions=64),
+        plain_text,
+    ),
     "penalty": (
         CausalLM() + WeightPenalty(weight=0.01),
         decoder_config(101, 32, 2, num_heads=2, max_positions=64),

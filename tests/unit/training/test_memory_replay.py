@@ -12,7 +12,7 @@ from torch import nn
 
 from firth.training.device import KEPT_MEMORY
 from firth.training.heap import COMPILED_BYTES, IS_COMPILED, IS_NODE, IS_TENSOR, heap_bytes
-from firth.training.memory import memory_trace
+from firth.training.memory import memory_trace, rnn_workspace
 
 glibc = pytest.mark.skipif(not KEPT_MEMORY, reason="malloc is not glibc's")
 
@@ -153,3 +153,14 @@ def test_bytes_that_a_product_of_a_new_shape_keeps() -> None:
     if measured < 100_000:
         pytest.skip("this CPU has no compiled bf16 kernels")
     assert measured == pytest.approx(COMPILED_BYTES, rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_workspace_of_a_recurrent_layer(rows: int, batch_first: bool) -> None:
+    """The kernel reads positions, rows, width even where the layer has rows first; another order reads beyond its states."""
+    sizes = ((256, 64), (256, 64), (256,), (256,), (rows, 64), (rows, 64))
+    rest = (*(torch.zeros(s) for s in sizes), False, [], 2, 64, 1, True, False, batch_first, True)
+    text = torch.zeros(100, rows, 64)
+    kept = torch.ops.aten.mkldnn_rnn_layer(text, *rest)[3]
+    assert rnn_workspace(text, *rest) == pytest.approx(kept.untyped_storage().nbytes(), rel=0.05)  # of blocks
