@@ -106,7 +106,7 @@ def train(name: str, options: list[str], seed: int) -> Path:
     if not (run / "model").is_dir():
         command = [
             "sft", f"init_from={prepare_model()}", f"data.path={OUT / 'train.jsonl'}", "examples.max_length=1024", "batch.size=8",
-            f"max_steps={steps}", f"seed={seed}", *options, "--out", str(run),
+            "batch.gradient_accumulation_steps=4", "checkpoint.every=20", f"max_steps={steps}", f"seed={seed}", *options, "--out", str(run),
         ]  # fmt: skip
         print("firth train " + " ".join(command), flush=True)
         began = time.monotonic()

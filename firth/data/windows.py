@@ -285,14 +285,14 @@ class SegmentPairsConfig(DocumentsConfig):
     """Two adjacent segments and one from another document: {"first", "second", "other"}.
 
     They fit into `max_length` as [CLS] first [SEP] second [SEP]. first and second are a part of a document, split at a random place.
-    other starts at a random place of another document and is as long as second, so that the length does not give the label away.
+    other is the second segment of such a pair of another document, about as long as second: by itself neither gives the label away.
     The draws depend on the index, and in a run on the epoch too: BERT's data holds ten such draws of the text.
 
     Args:
         max_length: The most tokens of a pair.
-        whole_sentences: Whether all three segments consist of whole sentences, as in BERT and ALBERT, and other ends with the sentence
-            that brings it nearest to second's length; a part with fewer than two sentences is split anywhere. Else all are split
-            anywhere; then only adjacent words reveal an order, which small models do not find.
+        whole_sentences: Whether all three segments consist of whole sentences, as in BERT and ALBERT; a part with fewer than two
+            sentences is split anywhere. Else all are split anywhere, and other starts at a random place of another document; then only
+            adjacent words reveal an order, which small models do not find.
     """
 
     base_fields: ClassVar[frozenset[str]] = frozenset({"first", "second", "other"})
@@ -346,9 +346,9 @@ class SegmentPairsConfig(DocumentsConfig):
         rng = _PAIR_DRAWS.at(epoch, index)
         bounds = self._bounds(documents, start, stop)
         if len(bounds) > 2:
-            start, cut, stop = bounds[0], bounds[1 + int(rng.random() * (len(bounds) - 2))], bounds[-1]
+            start, cut, stop = bounds[0], _cut(bounds, rng), bounds[-1]
             room = self.max_length - 3 - (cut - start)
-            low, high = self._random_segment(documents, start, stop - cut, rng, room=room)
+            low, high = self._second_of_another(documents, start, stop - cut, room, rng)
         else:
             cut = start + 1 + int(rng.random() * (stop - start - 1))
             low, high = self._random_segment(documents, start, stop - cut, rng)
@@ -375,15 +375,34 @@ class SegmentPairsConfig(DocumentsConfig):
         inside: list[int] = begins[(begins >= low) & (begins > document_start) & (begins < ends)].tolist()
         return [low] * (low == document_start) + inside + [high] * (high == ends)
 
-    def _random_segment(
-        self, documents: Documents, start: int, need: int, rng: np.random.Generator, room: int = 0
+    def _second_of_another(
+        self, documents: Documents, start: int, need: int, room: int, rng: np.random.Generator
     ) -> tuple[int, int]:
-        """Return the bounds of about `need` tokens of a document other than that at `start`.
+        """Return the bounds of the second segment of another document's pair, of about `need` and at most `room` tokens.
 
-        With `room`, the bounds are of whole sentences with at most `room` tokens: those of the first of ten draws that is within a
-        quarter of `need`, or of the nearest. Fewer than `need` tokens are returned if ten drawn documents are too short.
+        So a segment by itself does not tell whether it follows. The first of SECOND_DRAWS that is within an eighth of `need` is taken, or
+        the nearest; if no other document has one, a random segment that is cut anywhere.
         """
-        best, whole = (0, 0), False
+        low, high = documents.index.document(start)
+        best = (0, 0)
+        for _ in range(SECOND_DRAWS):
+            part = documents.index.bounds(int(rng.random() * len(documents.index)))
+            if low <= part[0] < high:
+                continue
+            bounds = self._bounds(documents, *part)
+            if len(bounds) < 3:
+                continue
+            found = (_cut(bounds, rng), bounds[-1])
+            size = found[1] - found[0]
+            if size <= room and abs(size - need) < abs(best[1] - best[0] - need):
+                best = found
+            if best[1] > best[0] and abs(best[1] - best[0] - need) <= need // 8:
+                break
+        return best if best[1] > best[0] else self._random_segment(documents, start, need, rng)
+
+    def _random_segment(self, documents: Documents, start: int, need: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Return the bounds of `need` tokens of a document other than that at `start`, or of fewer if ten drawn ones are too short."""
+        best = (0, 0)
         tried, total = 0, len(documents.store.tokens)
         while tried < 10 or best[1] == best[0]:
             at = int(rng.random() * total)
@@ -396,25 +415,20 @@ class SegmentPairsConfig(DocumentsConfig):
             if low <= start < high or low == high:
                 continue
             at = max(low, min(at, high - need))
-            if room:
-                begins = self._bounds(documents, max(low, at - self.max_length), at)
-                at = begins[-1] if begins else at
-                ends = self._bounds(documents, at + 1, min(high, at + room))
-                if begins and ends:
-                    end = min(ends, key=lambda end: abs(end - at - need))
-                    if not whole or abs(end - at - need) < abs(best[1] - best[0] - need):
-                        best, whole = (at, end), True
-                    if abs(best[1] - best[0] - need) <= need // 4:
-                        break
-                elif not whole:  # cut within a sentence, which gives the label away: only if no draw is whole
-                    best = (at, min(high, at + need))
-                continue
             if min(high, at + need) - at > best[1] - best[0]:
                 best = (at, min(high, at + need))
             if best[1] - best[0] == need:
                 break
         return best
 
+
+def _cut(bounds: Sequence[int], rng: np.random.Generator) -> int:
+    """Return one of the sentence boundaries within a part, between two segments."""
+    return bounds[1 + int(rng.random() * (len(bounds) - 2))]
+
+
+SECOND_DRAWS = 50
+"""Most draws of a segment of about the length of another."""
 
 _PAIR_DRAWS = ExampleRNG(0, "pairs")
 

@@ -79,10 +79,10 @@ def bert(size: str = "tiny") -> Recipe:
             "tiny": tiny_recipe(
                 "bert",
                 NSP() + MLM(mlm_probability=MLM_PROBABILITY, num_maskings=10),
-                SegmentPairsConfig(max_length=64),
+                SegmentPairsConfig(max_length=96),
                 body,
                 steps=1800,
-                batch=BatchConfig(size=32),
+                batch=BatchConfig(size=24),
                 samples=SAMPLES,
                 corpus="brown",
             ),

@@ -148,6 +148,8 @@ class Vocab:
     def sentences(self, tokens: np.ndarray) -> np.ndarray:
         """Return where in the tokens (n,) of a text a sentence starts (`firth.tokenizer.segmentation`): (n,) bool.
 
+        White space before a sentence belongs to it, so that an empty line is none.
+
         Raises:
             UserError: The spelling of the tokens is unknown.
 
@@ -157,16 +159,20 @@ class Vocab:
         """
         if self.spelling is None:
             raise UserError("it is unknown where a sentence ends in this vocabulary: use a tokenizer of firth")
-        return self._begins(self.spelling, tokens, sentence_starts)
+        return self._begins(self.spelling, tokens, sentence_starts, blanks=b" \t\n\r\v\f")
 
     def text(self, tokens: np.ndarray) -> str:
         """Return the text of tokens, with line breaks for control tokens; partial characters are lone surrogates."""
         return b"".join([(self.spelling or ())[i] for i in tokens.tolist()]).decode("utf-8", "surrogateescape")
 
     def _begins(
-        self, spelling: tuple[bytes, ...], tokens: np.ndarray, starts: Callable[[str], np.ndarray]
+        self,
+        spelling: tuple[bytes, ...],
+        tokens: np.ndarray,
+        starts: Callable[[str], np.ndarray],
+        blanks: bytes = b" ",
     ) -> np.ndarray:
-        """Return where a unit starts: the first token with the unit's first nonblank character."""
+        """Return where a unit starts: the first token of the blanks before its first other character, or of that character."""
         pieces = [spelling[i] for i in tokens.tolist()]
         data = b"".join(pieces)
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
@@ -180,7 +186,9 @@ class Vocab:
             part = (codes >= 0xD800) & (codes < 0xE000)  # a byte of a partial character
             width = np.where(part, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000))
             begins[(width.cumsum() - width)[units]] = True
-        shown = np.append(np.flatnonzero(np.frombuffer(data, np.uint8) != ord(" ")), len(data))
+        blank = np.isin(np.frombuffer(data, np.uint8), np.frombuffer(blanks, np.uint8))
+        shown = np.append(np.flatnonzero(~blank), len(data))
+        begins[shown[shown.searchsorted(np.flatnonzero(begins))]] = True
         at = shown[shown.searchsorted(lengths.cumsum() - lengths)]
         found: np.ndarray = begins[at]
         found[1:] &= at[1:] != at[:-1]

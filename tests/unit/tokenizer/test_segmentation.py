@@ -61,6 +61,15 @@ def test_tokens_start_the_same_sentences(language: str, algorithm: str, tokenize
     assert sorted(moved.tolist()) == sorted(ids.tolist()) and moved.tolist() != ids.tolist()
 
 
+@pytest.mark.parametrize("algorithm", ["byte-bpe", "unigram"])
+def test_an_empty_line_is_no_sentence(algorithm: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """A sentence of nothing but a line break would tell the order of two segments."""
+    tokenizer = tokenizers[algorithm]
+    ids = tokenizer.encode("He came.\n\nShe went. \r\n \tThey stayed.\n")
+    parts = np.split(ids, np.flatnonzero(tokenizer.vocab.sentences(ids))[1:])
+    assert [tokenizer.decode(part).strip() for part in parts] == ["He came.", "She went.", "They stayed."]
+
+
 def plain(text: str) -> str:
     """Return a text without blanks and compatibility forms, which not every tokenizer restores."""
     return unicodedata.normalize("NFKC", "".join(text.split()))
