@@ -25,7 +25,15 @@ from firth import objectives
 from firth.corpora import catalog
 from firth.data.corpus import PreparedCorpus, is_corpus
 from firth.data.examples import DataConfig, ExamplesConfig
-from firth.fields import NonNegativeInt, OptionalTokenCount, PositiveInt, Validated, VocabSize, path_field
+from firth.fields import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionalTokenCount,
+    PositiveInt,
+    Validated,
+    VocabSize,
+    path_field,
+)
 from firth.model.config import ModelConfig
 from firth.objectives.objective import Objective, Sum
 from firth.runs import config_io
@@ -176,10 +184,12 @@ class CheckpointConfig(Validated, section="checkpoint"):
 
     Args:
         every: Steps between checkpoints; 0 writes one at the end only.
+        every_minutes: Minutes of training after which one is written though fewer steps have passed; 0 counts steps only.
         keep: Checkpoints to keep besides the best one.
     """
 
     every: NonNegativeInt = 500
+    every_minutes: NonNegativeFloat = 15.0
     keep: PositiveInt = 2
 
 

@@ -317,9 +317,9 @@ def train(
         validator.check_best_metric(model)
     context.ranks.wait()
     config = TrainerConfig(
-        eval_every=evaluation.every, save_every=saving.every, keep=saving.keep, best_metric=evaluation.best_metric or "loss",
-        load_best_at_end=bool(evaluation.best_metric or evaluation.patience), patience=evaluation.patience,
-        precision=datasets.data.precision,
+        eval_every=evaluation.every, save_every=saving.every, save_seconds=60 * saving.every_minutes, keep=saving.keep,
+        best_metric=evaluation.best_metric or "loss", load_best_at_end=bool(evaluation.best_metric or evaluation.patience),
+        patience=evaluation.patience, precision=datasets.data.precision,
     )  # fmt: skip
 
     def evaluate(model: LM, step: int) -> dict[str, float]:

@@ -93,6 +93,7 @@ class TrainerConfig:
         log_every: Steps between rows in the log; 0 logs only at the end.
         eval_every: Steps between validations; 0 validates only at the end.
         save_every: Steps between checkpoints; 0 saves only at the end.
+        save_seconds: Seconds of training after which one is saved too, unless save_every is 0; 0 counts steps only.
         keep: Recent checkpoints to keep, in addition to the best.
         best_metric: The validation metric that selects the best checkpoint: the lowest loss or error, the highest of others.
         load_best_at_end: Save a checkpoint at every new best, and load the best one at the end.
@@ -104,6 +105,7 @@ class TrainerConfig:
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 500
+    save_seconds: float = 0.0
     keep: int = 2
     best_metric: str = "loss"
     load_best_at_end: bool = False
@@ -112,7 +114,7 @@ class TrainerConfig:
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("log_every", 0), ("eval_every", 0), ("save_every", 0), ("keep", 1), ("max_bad_steps", 1),
+        for name, least in (("log_every", 0), ("eval_every", 0), ("save_every", 0), ("save_seconds", 0), ("keep", 1), ("max_bad_steps", 1),
                             ("patience", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
@@ -230,6 +232,7 @@ class _Run:
         self.last_logged = (self.state.seconds, self.state.tokens, self.state.flops)  # at the last row of the log
         self.unread: list[StepNumbers] = []
         self.read_seconds = self.state.seconds  # at the last read
+        self.saved_seconds = self.state.seconds  # at the last checkpoint
         self.step_seconds = self.unshared_seconds = 0.0
         self.score: float | None = None
         self.peak = machine_peak(self.device.type, self.state.precision) * ranks.world if ranks.first else math.inf
@@ -449,7 +452,9 @@ class _Run:
     def _after(self, log: MetricsLog | None, stopping: bool) -> None:
         """Log, validate and save after a step."""
         state, config = self.state, self.config
-        due = stopping or _due(state.step, config.eval_every) or _due(state.step, config.save_every)
+        waited = state.seconds - self.saved_seconds
+        saving = _due(state.step, config.save_every) or (config.save_every > 0 < config.save_seconds <= waited)
+        due = stopping or saving or _due(state.step, config.eval_every)
         late = len(self.unread) >= READ_STEPS or state.seconds - self.read_seconds >= READ_SECONDS
         if due or late or not self.deferred or self._passed >= 1:
             self._read(log, stopping)
@@ -474,7 +479,7 @@ class _Run:
                 f"step {state.step}  validation: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             )
         last = self._finished
-        if last or stopping or _due(state.step, config.save_every) or (better and config.load_best_at_end):
+        if last or stopping or saving or (better and config.load_best_at_end):
             self._save()
         if stopping and not last:
             raise Interrupted(
@@ -572,6 +577,7 @@ class _Run:
         return metrics
 
     def _save(self) -> None:
+        self.saved_seconds = self.state.seconds
         checkpoint.save_state(
             self.directory, self.state, self.model, self.optimizer, self.batches.source, self.ranks,
             recipe=self.recipe, keep=self.config.keep, score=self.score, frozen=self.frozen, shards=self.shards,

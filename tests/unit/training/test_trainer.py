@@ -186,6 +186,26 @@ def test_deferred_reads_change_neither_rows_nor_resuming(
     assert seconds == sorted(seconds)
 
 
+def test_slow_steps_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes longer than the limit, so each is saved; 0 steps between checkpoints means none but the last."""
+    saved: list[int] = []
+    write = checkpoint.save_state
+
+    def count(directory: Path, state: Any, *args: Any, **options: Any) -> None:
+        saved.append(state.step)
+        write(directory, state, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_state", count)
+    for every, seconds, expected in ((500, 1e-9, [1, 2, 3]), (500, 1e9, [3]), (500, 0.0, [3]), (0, 1e-9, [3])):
+        saved.clear()
+        config = TrainerConfig(save_every=every, save_seconds=seconds, precision="fp32")
+        train(
+            small_model(), WithAccuracy(), small_batches(Chains()), tmp_path / f"{every}-{seconds}", budget=Budget(max_steps=3),
+            recipe="r", schedule=Schedule("constant"), config=config, reporter=NullReporter(),
+        )  # fmt: skip
+        assert saved == expected
+
+
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     first = small_run(tmp_path, 4)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
