@@ -92,7 +92,7 @@ def test_a_full_disk_of_one_rank_keeps_the_checkpoint_before(runs: tuple[Path, d
     folder, ends = runs
     assert ends["full"]["codes"] == [2, 2], printed(folder, "full", 1)
     for rank in (0, 1):
-        assert "not enough disk space for a checkpoint" in printed(folder, "full", rank)
+        assert "step-000008: not enough disk space for a checkpoint of 1 MB" in printed(folder, "full", rank)
         assert "Traceback" not in printed(folder, "full", rank)
     assert "resuming from step-000004" in printed(folder, "full, then three")
     check_equal(folder, "full")
