@@ -25,7 +25,7 @@ from firth.generate import native_decoder, native_kernels, quantized
 from firth.model import attention, cross_entropy, fused, native, positions
 from firth.objectives.word2vec import NEIGHBORS
 from firth.training import device, muon
-from firth.training.device import PRECISIONS, measure_peak
+from firth.training.device import BUSY_SHARE, PRECISIONS, LoadMeter, measure_peak, usable_cores
 from firth.training.logging import short
 from firth.training.optimizer import KERNEL as TABLE_ROWS
 
@@ -76,14 +76,6 @@ def _cores() -> DoctorRow:
     return DoctorRow("cores", value)
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-BUSY_SHARE = 0.1
-"""Share of the usable cores that other processes may use before the machine counts as busy."""
-
 LOAD_SECONDS = 0.2
 """Seconds over which the load is measured."""
 
@@ -107,22 +99,9 @@ def other_load(seconds: float = LOAD_SECONDS) -> float:
     """Return how many of the usable cores other processes use, measured briefly; the load average on other systems than Linux."""
     if sys.platform != "linux":
         return os.getloadavg()[0]
-    start, before, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    meter = LoadMeter()
     time.sleep(seconds)
-    busy = _busy_seconds() - before - (time.process_time() - own)
-    return max(0.0, busy / (time.perf_counter() - start))
-
-
-def _busy_seconds() -> float:
-    """Return the busy seconds of the usable cores since boot, including stolen time."""
-    usable = {f"cpu{n}" for n in os.sched_getaffinity(0)}
-    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
-    ticks = 0
-    for name, *numbers in rows:
-        if name in usable:
-            user, nice, system, _idle, _wait, irq, soft, steal = map(int, numbers[:8])
-            ticks += user + nice + system + irq + soft + steal
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return meter.cores()
 
 
 def cpu_pressure() -> float | None:

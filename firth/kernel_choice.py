@@ -52,6 +52,9 @@ Workload = Callable[[], object]
 KERNELS: dict[str, Kernel] = {}
 """Name -> kernel, for all imported modules."""
 
+LIMITATIONS: list[Callable[[], str]] = []
+"""Functions that return what keeps some implementations from running here, or an empty text. Modules that have such ones add to it."""
+
 _chosen: dict[str, str] = {}
 
 
@@ -174,6 +177,11 @@ def cpu() -> str:
     return model
 
 
+def _conditions() -> str:
+    """Return the key of measurements: the machine, and what keeps implementations from running, such as a compiler that is gone."""
+    return "; ".join((machine(), *filter(None, (limitation() for limitation in LIMITATIONS))))
+
+
 def _file() -> Path:
     return cache_directory() / "kernels.json"
 
@@ -181,7 +189,7 @@ def _file() -> Path:
 def _read() -> dict[str, Any]:
     """Return the measurements of this machine; empty if the file cannot be used, so that it is written again."""
     try:
-        found = read_json(_file()).get(machine())
+        found = read_json(_file()).get(_conditions())
     except (UserError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -193,8 +201,9 @@ def _write(name: str, measured: Mapping[str, float]) -> None:
         content = read_json(_file())
     except (UserError, OSError):
         content = {}
-    found = content.get(machine())
-    content[machine()] = (found if isinstance(found, dict) else {}) | {name: dict(measured)}
+    key = _conditions()
+    found = content.get(key)
+    content[key] = (found if isinstance(found, dict) else {}) | {name: dict(measured)}
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_text(_file(), json.dumps(content, indent=1, sort_keys=True))

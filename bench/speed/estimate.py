@@ -2,13 +2,13 @@
 
     python -m bench.speed.estimate                       # all cases; writes runs/bench-estimate.json and prints the table
     python -m bench.speed.estimate --only gpt dpo --sizes tiny
-    python -m bench.speed.estimate --what predict measure --seconds 500   # only the memory; what is missing yet, for some 500 s
+    python -m bench.speed.estimate --what predict measure --jobs 2 --seconds 500   # only the memory, what is missing yet, for some 500 s
     python -m bench.speed.estimate --table               # the table of the last run
 
-Each case is a process of its own. Memory: the peak resident size of training (VmHWM) minus the resident size before the model
-is built, after a step of a one-layer model, which loads the kernels. Time: N steps of the real trainer against what
-`firth train --dry-run` says; predictions and runs take turns, and the minimum of each counts, since other work on the machine
-slows single ones.
+Each case is a process of its own; for the memory alone it is forked from one that has loaded the libraries. Memory: the peak
+resident size of training (VmHWM) minus the resident size before the model is built, after a step of a one-layer model, which
+loads the kernels; the prediction is made after that. Time: N steps of the real trainer against what `firth train --dry-run`
+says; predictions and runs take turns, and the minimum of each counts, since other work on the machine slows single ones.
 
 Small is a width of 384 and six layers; finetuning starts from the tiny or small model of its kind, untrained, on made records.
 """
@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Recipe -> further settings."""
 
-STEPS = {"tiny": 12, "small": 6}
+STEPS = {"tiny": 12, "small": 4}
+MORE_STEPS = {"word2vec": 20}
+"""Recipe -> how many times as many: rows of its tables have no optimizer state before they are used."""
 ROUNDS = 1
 
 
@@ -109,6 +111,8 @@ def prepare() -> None:
     from firth.runs.prepare import train_tokenizer
     from firth.runs.run import run
 
+    if (HOME / "done").exists():
+        return
     HOME.mkdir(parents=True, exist_ok=True)
     paths = catalog.paths("shakespeare", print)
     if not (HOME / "tokenizer").exists():
@@ -126,6 +130,7 @@ def prepare() -> None:
                 shutil.rmtree(directory, ignore_errors=True)
                 few = ["max_steps=1", "evaluation.every=0", "sample_prompts=[]", "init_head_from_frequencies=false"]
                 run(load(start, [*own(start, size), *few]), directory, log=lambda _: None)
+    (HOME / "done").touch()
 
 
 def own(name: str, size: str) -> list[str]:
@@ -145,12 +150,13 @@ def own(name: str, size: str) -> list[str]:
     return settings + [f"model.{field}={value}" for field, value in fields.items()]
 
 
-def recipe_of(name: str, size: str) -> Recipe:
-    """Return the recipe of a case."""
+def recipe_of(name: str, size: str, steps: int) -> Recipe:
+    """Return the recipe of a case, for a run of some steps."""
+    few = f"max_steps={steps}"
     if name not in START:
-        return load(name, own(name, size))
+        return load(name, [*own(name, size), few])
     start = [f"init_from={HOME / f'{START[name]}-{size}'}", f"data.path={HOME / f'{KINDS[name]}.jsonl'}"]
-    return load(name, [*start, *SETTINGS.get(name, ())])
+    return load(name, [*start, *SETTINGS.get(name, ()), few])
 
 
 def _status(field: str) -> int:
@@ -213,25 +219,33 @@ def time_both(run: PreparedRun, steps: int) -> dict[str, Any]:
     predicted = []
     for _ in range(ROUNDS):
         times = time_steps(run.build(), run.recipe, run.batches)
-        predicted.append(steps * (times.per_flop * flops + times.optimizer + times.rollouts))
+        predicted.append(steps * times.seconds(flops))
         seconds.append(train(run, steps))
     return {"predicted_seconds": min(predicted), "measured_seconds": min(seconds)}
 
 
-MEASUREMENTS = {"predict": predict, "measure": measure, "time": time_both}
-"""Name of a measurement -> function."""
+MEASUREMENTS = {"measure": measure, "predict": predict, "time": time_both}
+"""Name of a measurement -> function, in the order in which a process makes them."""
 KEYS = {"predict": "predicted_bytes", "measure": "measured_bytes", "time": "measured_seconds"}
 """Name of a measurement -> a field of its result."""
 
 
-def case(name: str, size: str, what: str) -> dict[str, Any]:
+PRELOADED = ["torch._subclasses.fake_tensor", "firth.recipes.encoders", "firth.runs.prepare", "firth.runs.estimate"]
+"""Modules of the process that is forked for each case."""
+
+
+def case(name: str, size: str, wanted: set[str]) -> dict[str, Any]:
     """Predict or measure one case, in this process."""
     from firth.runs.estimate import prepared
 
     warnings.simplefilter("ignore")
-    with prepared(recipe_of(name, size), lambda _: None) as run:
-        found = MEASUREMENTS[what](run, STEPS[size])
-        return {"name": name, "size": size, "steps": STEPS[size], "precision": run.recipe.precision, **found}
+    steps = STEPS[size] * MORE_STEPS.get(name, 1)
+    with prepared(recipe_of(name, size, steps), lambda _: None) as run:
+        row = {"name": name, "size": size, "steps": steps, "precision": run.recipe.precision}
+        for what, function in MEASUREMENTS.items():
+            if what in wanted:
+                row |= function(run, steps)
+    return row
 
 
 def _warm_up(recipe: Any) -> None:
@@ -260,32 +274,46 @@ def _warm_up(recipe: Any) -> None:
         optimizer.step(1.0)
 
 
+KINDS_OF_TABLES = {"bytes": ("Peak memory, MB", 1e6, 0, 0.15), "seconds": ("Time, s", 1.0, 2, 0.20)}
+"""What is predicted -> heading, size of the unit, digits, and the most that a prediction may be off."""
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of all cases, and a summary."""
-    lines = [
-        "| recipe | size | parameters | peak memory, MB: predicted | measured | error | time of N steps, s: predicted | measured | error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    errors: dict[str, list[float]] = {"bytes": [], "seconds": []}
-    for row in rows:
-        cells = []
-        for what, scale in (("bytes", 1e6), ("seconds", 1.0)):
-            if not {f"predicted_{what}", f"measured_{what}"} <= row.keys():
-                cells += ["", "", ""]
-                continue
-            predicted, measured = row[f"predicted_{what}"], row[f"measured_{what}"]
-            errors[what].append(predicted / measured - 1)
-            digits = 0 if what == "bytes" else 2
-            cells += [
-                f"{predicted / scale:,.{digits}f}",
-                f"{measured / scale:,.{digits}f}",
-                f"{predicted / measured - 1:+.0%}",
-            ]
-        lines.append(f"| {row['name']} | {row['size']} | {row.get('parameters', 0):,} | {' | '.join(cells)} |")
-    for what, limit in (("bytes", 0.15), ("seconds", 0.20)):
-        within = sum(abs(error) <= limit for error in errors[what])
-        lines += ["", f"{'Memory' if what == 'bytes' else 'Time'}: {within} of {len(errors[what])} within {limit:.0%}."]
+    """Return the Markdown tables of memory and time, and a summary of each."""
+    found = {(row["name"], row["size"]): row for row in rows}
+    names = [name for name in RECIPES if any((name, size) in found for size in STEPS)]
+    lines = []
+    for what, (title, scale, digits, limit) in KINDS_OF_TABLES.items():
+        cells = [f"{size}: predicted | measured | error" for size in STEPS]
+        lines += ["", title, "", f"| recipe | precision | {' | '.join(cells)} |", "|---|---|" + 6 * "---|"]
+        met = dict.fromkeys(STEPS, 0)
+        of = dict.fromkeys(STEPS, 0)
+        for name in names:
+            cells = []
+            for size in STEPS:
+                row = found.get((name, size), {})
+                predicted, measured = (row.get(f"{how}_{what}") for how in ("predicted", "measured"))
+                error = predicted / measured - 1 if predicted and measured else None
+                met[size] += error is not None and abs(error) <= limit
+                of[size] += error is not None
+                missed = ", **missed**" if error is not None and abs(error) > limit else ""
+                values = ["" if x is None else f"{x / scale:,.{digits}f}" for x in (predicted, measured)]
+                cells += [*values, "" if error is None else f"{error:+.0%}{missed}"]
+            precision = next(row["precision"] for (own, _), row in found.items() if own == name)
+            lines.append(f"| {name} | {precision} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            f"Within {limit:.0%}: " + ", ".join(f"{met[size]} of {of[size]} at {size} size" for size in STEPS),
+        ]
     return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """Return the numbers of a case in a line."""
+    numbers = {
+        key: row[key] for what in KINDS_OF_TABLES for key in (f"predicted_{what}", f"measured_{what}") if key in row
+    }
+    return f"{row['name']} {row['size']}: " + ", ".join(f"{key} {value:,.4g}" for key, value in numbers.items())
 
 
 def read() -> list[dict[str, Any]]:
@@ -313,21 +341,31 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="start no measurement later; the next call continues"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time; only for the memory")
     parser.add_argument("--again", action="store_true", help="repeat what was measured before")
     args = parser.parse_args()
     if not args.table:
         prepare()
         start, known = time.monotonic(), {(row["name"], row["size"]): row for row in read()}
-        for size, name, what in itertools.product(args.sizes, args.only, args.what):
-            done = KEYS[what] in known.get((name, size), {}) and not args.again
-            if not done and time.monotonic() - start < args.seconds:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    try:
-                        row = add(process.submit(case, name, size, what).result())
-                    except Exception as error:
-                        print(f"{name} {size} {what} failed: {error}", flush=True)
-                        continue
-                print(table([row]).splitlines()[2], flush=True)
+        context: Any = multiprocessing.get_context("spawn" if "time" in args.what else "forkserver")
+        if "time" not in args.what:
+            context.set_forkserver_preload(PRELOADED)
+
+        def do(size: str, name: str) -> None:
+            row = known.get((name, size), {})
+            wanted = {what for what in args.what if args.again or KEYS[what] not in row}
+            if not wanted or time.monotonic() - start > args.seconds:
+                return
+            with ProcessPoolExecutor(1, context) as process:
+                try:
+                    row = add(process.submit(case, name, size, wanted).result())
+                except Exception as error:
+                    print(f"{name} {size} failed: {error}", flush=True)
+                    return
+            print(_line(row), f"({time.monotonic() - start:.0f} s)", flush=True)
+
+        with ThreadPoolExecutor(args.jobs) as threads:
+            list(threads.map(do, *zip(*itertools.product(args.sizes, args.only), strict=True)))
     print(table(read()))
 
 

@@ -167,6 +167,9 @@ def why_not() -> str:
     return _outcome()[1]
 
 
+kernel_choice.LIMITATIONS.append(lambda: "no native kernels" if why_not() else "")
+
+
 def build() -> Path:
     """Compile SOURCES, unless that has been done for this compiler and CPU; return the library's path.
 

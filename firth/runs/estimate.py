@@ -42,7 +42,7 @@ from firth.training.memory import MAX_READ_STEPS, variety
 from firth.types import LOGGER, Batch, LogLine
 
 SAMPLED_STEPS = 12
-"""Steps whose batches are built to count tokens and FLOPs."""
+"""Most steps whose batches are built to count tokens and FLOPs and to trace the memory; a shorter run has fewer."""
 
 READ_TOKENS = 1 << 20
 """Tokens of the batches that are read to find how many shapes a run has."""
@@ -127,8 +127,9 @@ class PreparedRun:
     def sample(self) -> tuple[list[list[Batch]], int]:
         """Return the batches of some steps, and the bytes of models that the data source keeps."""
         kept = self.batches.source.rehearse()
-        last = max(1, self.recipe.batch.group_by_length, SAMPLED_STEPS)
-        return [self.batches.batches(i * last // SAMPLED_STEPS) for i in range(SAMPLED_STEPS)], kept
+        number = min(SAMPLED_STEPS, self.recipe.budget.max_steps or SAMPLED_STEPS)
+        last = max(self.recipe.batch.group_by_length, number)
+        return [self.batches.batches(i * last // number) for i in range(number)], kept
 
     def varieties(self) -> list[frozenset[Any]]:
         """Return what the shapes of products depend on in each of the first steps; nothing if the model itself writes the data."""

@@ -6,7 +6,8 @@ A small product says little about a step: norms, attention, the optimizer and th
 objective. So steps are timed: those of the real model where they take seconds, else of a model with the same width, fewer
 layers and fewer rows, whose highest speed is kept in CACHE/speed.json by machine, precision, objective and size of the matrices.
 
-Timed steps of the real model are kept in CACHE/steps.json, by machine, torch, firth and all settings that a step depends on.
+Timed steps of the real model are kept in CACHE/steps.json, by machine, torch, firth and all settings that a step depends on. If
+other processes used the machine meanwhile, the next dry run times them again, and the faster ones are kept.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from firth.runs.compatibility import available_memory
 from firth.runs.recipe import ResolvedRecipe
 from firth.training.checkpoint import weights
 from firth.training.device import (
+    BUSY_SHARE,
+    LoadMeter,
     casts,
     default_device,
     flush_denormals,
@@ -45,6 +48,7 @@ from firth.training.device import (
     record_speed,
     recorded_in,
     recorded_speed,
+    usable_cores,
 )
 from firth.training.memory import StepMemory, memory_trace, trace_step, variety
 from firth.training.optimizer import Optimizer, param_groups
@@ -247,12 +251,23 @@ class StepTimes:
         optimizer: Seconds of the optimizer, gradient clipping included.
         rollouts: Seconds for sampling the answers of a step.
         steps: Number of timed steps.
+        others: Cores that other processes used meanwhile.
     """
 
     per_flop: float
     optimizer: float
     rollouts: float
     steps: int
+    others: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes slowed the steps."""
+        return self.others > BUSY_SHARE * usable_cores()
+
+    def seconds(self, step_flops: float) -> float:
+        """Return the seconds of a step of some counted FLOPs."""
+        return self.per_flop * step_flops + self.optimizer + self.rollouts
 
 
 def step_seconds(
@@ -273,8 +288,9 @@ def step_seconds(
     fits = peak_bytes < min(available_memory(device).values()) / 2
     if fits and (expected < MAX_STEP_SECONDS or recipe.init_from):
         times, when = _timed(build, recipe, batches, step_flops)
-        seconds = times.per_flop * step_flops + times.optimizer + times.rollouts
-        return seconds, f"{times.steps} timed steps of this model{when}"
+        if times.busy:
+            when += f", while other processes used {times.others:.1f} of {usable_cores()} cores"
+        return times.seconds(step_flops), f"{times.steps} timed steps of this model{when}"
     if recipe.init_from:
         return 0.0, "not measured, since the model does not fit into the free memory"
     smaller = _smaller(recipe)
@@ -288,16 +304,24 @@ def step_seconds(
 
 
 def _timed(build: Build, recipe: ResolvedRecipe, batches: Batches, step_flops: float) -> tuple[StepTimes, str]:
-    """Return the times of steps of a recipe's model, recorded or measured now, and when they were recorded."""
+    """Return the times of steps of a recipe's model, recorded or measured now, and when they were recorded.
+
+    Recorded ones of a busy machine are measured again, and the faster ones count.
+    """
     settings = config_io.to_dict(recipe)
     # The counted FLOPs stand for the data: other lengths of its examples give others.
     key = [VERSION, f"{step_flops:.2g}", *(settings[name] for name in STEP_SETTINGS)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     known = recorded_in(STEPS_FILE, name)
     fields = [field.name for field in dataclasses.fields(StepTimes)]
+    before = None
     if isinstance(known, dict) and all(isinstance(known.get(field), int | float) for field in fields):
-        return StepTimes(**{field: known[field] for field in fields}), f", timed on {known.get('date')}"
+        before = StepTimes(**{field: known[field] for field in fields})
+        if not before.busy:
+            return before, f", timed on {known.get('date')}"
     times = time_steps(build(recipe), recipe, batches)
+    if before is not None and before.seconds(step_flops) < times.seconds(step_flops):
+        return before, f", timed on {known.get('date')}"
     facts = {"recipe": recipe.name, "date": time.strftime("%Y-%m-%d %H:%M")}
     record_in(STEPS_FILE, name, facts | dataclasses.asdict(times))
     return times, ""
@@ -332,7 +356,7 @@ def time_steps(model: LM, recipe: ResolvedRecipe, batches: Batches) -> StepTimes
     model.train(not objective.inputs & PRECOMPUTED_FIELDS)
     per_flop, updates = [], []
     with torch.random.fork_rng(), Prefetcher(batches.batches, enabled=not source.on_policy) as prefetcher:
-        began = time.perf_counter()
+        began, load = time.perf_counter(), LoadMeter()
         for number in range(1 + MAX_TIMED_STEPS):
             start = time.perf_counter()
             step = base + number
@@ -351,10 +375,11 @@ def time_steps(model: LM, recipe: ResolvedRecipe, batches: Batches) -> StepTimes
                 per_flop.append((middle - start) / work)
                 updates.append(time.perf_counter() - middle)
             else:
-                began = time.perf_counter()
+                began, load = time.perf_counter(), LoadMeter()
             if len(per_flop) >= TIMED_STEPS and time.perf_counter() - began > TIMED_SECONDS:
                 break
-    return StepTimes(statistics.median(per_flop), statistics.median(updates), rollouts, len(per_flop))
+        others = load.cores()
+    return StepTimes(statistics.median(per_flop), statistics.median(updates), rollouts, len(per_flop), others)
 
 
 def _smaller(recipe: ResolvedRecipe) -> ResolvedRecipe:

@@ -294,3 +294,38 @@ def record_in(file: str, name: str, value: Any) -> None:
         write_text(cache_directory() / file, json.dumps(content, indent=1, sort_keys=True))
     except (UserError, OSError):
         return
+
+
+BUSY_SHARE = 0.1
+"""Share of the usable cores that other processes may use before the machine counts as busy."""
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+class LoadMeter:
+    """Measures how many of the usable cores other processes use, from its creation on (Linux)."""
+
+    def __init__(self) -> None:
+        self._start, self._busy, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
+
+    def cores(self) -> float:
+        """Return the cores that others used on average; 0 on other systems than Linux."""
+        others = _busy_seconds() - self._busy - (time.process_time() - self._own)
+        return max(0.0, others / (time.perf_counter() - self._start))
+
+
+def _busy_seconds() -> float:
+    """Return the busy seconds of the usable cores since boot, including stolen time; 0 on other systems than Linux."""
+    if sys.platform != "linux":
+        return 0.0
+    usable = {f"cpu{n}" for n in os.sched_getaffinity(0)}
+    rows = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
+    ticks = 0
+    for name, *numbers in rows:
+        if name in usable:
+            user, nice, system, _idle, _wait, irq, soft, steal = map(int, numbers[:8])
+            ticks += user + nice + system + irq + soft + steal
+    return ticks / os.sysconf("SC_CLK_TCK")

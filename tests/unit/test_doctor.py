@@ -89,9 +89,9 @@ def test_load_excludes_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux":
         pytest.skip("the load average is all there is here")
     busy, own, clock = iter([100.0, 117.0]), iter([1.0, 6.0]), iter([50.0, 60.0])
-    monkeypatch.setattr(doctor, "_busy_seconds", lambda: next(busy))
-    monkeypatch.setattr("firth.doctor.time.process_time", lambda: next(own))
-    monkeypatch.setattr("firth.doctor.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("firth.training.device._busy_seconds", lambda: next(busy))
+    monkeypatch.setattr("firth.training.device.time.process_time", lambda: next(own))
+    monkeypatch.setattr("firth.training.device.time.perf_counter", lambda: next(clock))
     assert doctor.other_load(0) == pytest.approx(1.2)
 
 

@@ -404,6 +404,25 @@ def test_torch_is_used_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_p
         native._outcome.cache_clear()
 
 
+def test_a_stored_choice_is_dropped_with_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may be gone, as in a container with the cache of another one: kernels are measured again."""
+    if native.why_not():
+        pytest.skip(f"no native kernels: {native.why_not()}")
+    kernel = Kernel("compiled", {"torch": lambda: lambda: None, "native": lambda: native.library().decode})
+    kernel_choice._write("compiled", {"torch": 2.0, "native": 1.0})
+    assert kernel.choice() == "native"
+    with monkeypatch.context() as patch:
+        patch.setenv("CC", "no-such-compiler")
+        native._outcome.cache_clear()
+        kernel_choice._chosen.clear()
+        try:
+            assert kernel.choice() == "torch"
+        finally:
+            native._outcome.cache_clear()
+    kernel_choice._chosen.clear()
+    assert kernel.choice() == "native", "the earlier measurement is kept"
+
+
 @pytest.mark.slow
 def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A power failure can leave an empty file under the final name, or one whose end is missing, which would end the process."""

@@ -27,7 +27,7 @@ from firth.recipes.recurrent import lstm
 from firth.runs.estimate import _sampled, dry_run, estimate, prepared
 from firth.runs.recipe import Recipe, load
 from firth.runs.run import run
-from firth.runs.step_estimate import StepTimes, step_flops
+from firth.runs.step_estimate import StepTimes, step_flops, step_seconds
 from firth.training import device
 from firth.training.logging import read_metrics
 from firth.types import IGNORE, Batch, UserError
@@ -411,3 +411,36 @@ def test_timed_steps_are_kept(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "steps.json").write_text("{damaged")
     estimate(tiny(text, "precision=fp32"), log=quiet)
     assert calls == [4, 8, 4]
+
+
+@pytest.mark.slow
+def test_steps_of_a_busy_machine_are_timed_again(text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Until none other uses the cores; the faster of two counts."""
+    monkeypatch.setenv("FIRTH_CACHE", str(tmp_path))
+    monkeypatch.setattr("firth.runs.step_estimate.usable_cores", lambda: 2)
+    device.record_speed("peak cpu fp32", 1e12)
+    measured = iter([(2.0, 1.5), (3.0, 1.0), (1.0, 0.1)])
+
+    def times(*_: object) -> StepTimes:
+        optimizer, others = next(measured)
+        return StepTimes(0.0, optimizer, 0.0, 2, others)
+
+    monkeypatch.setattr("firth.runs.step_estimate.time_steps", times)
+    with prepared(tiny(text, "precision=fp32"), quiet) as run:
+        found = [step_seconds(lambda _: None, run.recipe, run.batches, 1e9, 1) for _ in range(4)]
+    assert [seconds for seconds, _ in found] == [2.0, 2.0, 1.0, 1.0]
+    busy = "while other processes used 1.5 of 2 cores"
+    assert [busy in how for _, how in found] == [True, True, False, False]
+    assert ["timed on" in how for _, how in found] == [False, True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "sampled"), [(3, 3), (99, 12)])
+def test_a_short_run_is_sampled_whole(text: Path, steps: int, sampled: int) -> None:
+    """The batches are those that it trains on, in their order; of a longer run they are the first ones."""
+    with prepared(tiny(text, f"max_steps={steps}"), quiet) as run:
+        found, _ = run.sample()
+        expected = [run.batches.batches(step) for step in range(sampled)]
+    assert len(found) == sampled
+    for own, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(own, other, strict=True))
