@@ -1,4 +1,4 @@
-"""Best-of-n: rank sampled answers by a reward and keep the best, the simplest way to use a reward.
+"""Best-of-n: sample answers, rank them by a reward and keep the best, the simplest way to use a reward.
 
 The best of n answers has a KL divergence from the sampler of at most log n - (n - 1)/n nats, equal if no two answers tie (Stiennon
 2020). From N samples of each prompt the expected reward of the best of n <= N is estimated without bias: the i-th smallest of N is the

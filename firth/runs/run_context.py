@@ -64,9 +64,9 @@ class RunContext:
         """
         log = log if ranks.first else _silent
         inputs = RunInputs.read(recipe, directory, log) if ranks.first else RunInputs()
-        found = json.loads(ranks.from_first(json.dumps(inputs.files)))
-        if not ranks.first:
-            inputs = RunInputs.read(recipe, directory, log, found)
+        if ranks.world > 1:
+            found = json.loads(ranks.from_first(json.dumps(inputs.files)))
+            inputs = inputs if ranks.first else RunInputs.read(recipe, directory, log, found)
         context = RunContext(directory, ranks, log, inputs, has_begun(directory))
         context.check_inputs()
         return context

@@ -1,4 +1,4 @@
-"""Routes of firth's own, and embeddings: each calls what the command of its name calls."""
+"""Routes of firth's own (gaps, predictions, scores, rewards, attention), and embeddings: each calls what the command of its name calls."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def save(
     score: float | None = None,
     write_shards: Callable[[Path], Mapping[str, Any]] | None = None,
     description: Mapping[str, Any] | None = None,
+    shard_bytes: int = 0,
 ) -> Path:
     """Write `checkpoints/step-N` into a run directory and return its path.
 
@@ -110,6 +111,7 @@ def save(
         score: Validation score for `best` and `prune`; lower is better.
         write_shards: Writes further files into the directory and returns their entries in the manifest.
         description: What the model is, for firth.json; None if its weights are not all in the checkpoint.
+        shard_bytes: Bytes of the sharded tensors of all ranks, for the error message.
 
     Raises:
         UserError: The disk is full; older checkpoints are untouched and nothing of this one remains.
@@ -146,13 +148,18 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno not in FULL:
             raise
-        need = sum(t.nbytes for tensors in files.values() for t in tensors.values()) / 1e6
-        raise UserError(
-            f"{final}: not enough disk space for a checkpoint of {need:.0f} MB; free some and run the same command "
-            f"again: it resumes from {_last_name(home)}"
-        ) from error
+        raise _no_room(run, step, shard_bytes + sum(t.nbytes for x in files.values() for t in x.values())) from error
     shutil.rmtree(home / f"{final.name}.old.partial", ignore_errors=True)
     return final
+
+
+def _no_room(run: Path, step: int, size: int) -> UserError:
+    """Return the error of a full disk, for a checkpoint of `size` bytes."""
+    final = partial_of(run, step).with_suffix("")
+    return UserError(
+        f"{final}: not enough disk space for a checkpoint of {size / 1e6:.0f} MB; free some and run the same command "
+        f"again: it resumes from {_last_name(final.parent)}"
+    )
 
 
 def copy_to(saved: Checkpoint, run: Path, recipe: str) -> None:
@@ -427,6 +434,7 @@ def save_state(
     sharded = {f"{file}/{name}": x.detach() for file, tensors in every.items() for name, x in tensors.items()
                if is_sharded(x)}  # fmt: skip
     write_shards = partial(sharded_checkpoint.write, tensors=sharded, ranks=ranks) if sharded else None
+    shard_bytes = sum(x.numel() * x.itemsize for x in sharded.values())
     if ranks.first:
         files = {file: {name: x for name, x in tensors.items() if not is_sharded(x)}
                  for file, tensors in every.items()}  # fmt: skip
@@ -435,11 +443,16 @@ def save_state(
         found = layout(ranks, device, shards)
         save(
             run, progress.step, files, state, layout=found, recipe=recipe, score=score, write_shards=write_shards,
-            description=description,
+            description=description, shard_bytes=shard_bytes,
         )  # fmt: skip
         prune(run, keep)
     elif write_shards is not None:
-        write_shards(partial_of(run, progress.step))
+        try:
+            write_shards(partial_of(run, progress.step))
+        except OSError as error:  # of any rank
+            if error.errno not in FULL:
+                raise
+            raise _no_room(run, progress.step, shard_bytes) from error
     ranks.wait()
 
 

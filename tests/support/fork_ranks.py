@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -155,6 +156,52 @@ def count_gathers(rank: int) -> None:
     trainer.train = train_after_print
 
 
+def deferred(rank: int) -> None:
+    """The host reads no step, as on a GPU."""
+    trainer.defers_reads = lambda device: True
+
+
+def deferred_nan(rank: int) -> None:
+    """The host reads no step, and the third and fourth loss of rank 1 are NaN."""
+    deferred(rank)
+    loss, calls = CausalLM.loss, 0
+
+    def loss_or_nan(objective: CausalLM, model: LM, *arguments: Any) -> Any:
+        nonlocal calls
+        terms = loss(objective, model, *arguments)
+        calls += model.training
+        if rank == 1 and model.training and calls in (3, 4):
+            terms["tokens"] = terms["tokens"] * float("nan")
+        return terms
+
+    CausalLM.loss = loss_or_nan  # type: ignore[method-assign]
+
+
+def deferred_interrupt(rank: int) -> None:
+    """The host reads no step, and rank 1 gets Ctrl-C before the sixth."""
+    deferred(rank)
+    step = trainer._Run._step
+
+    def interrupted(run: Any, *arguments: Any) -> Any:
+        if rank == 1 and run.state.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, *arguments)
+
+    trainer._Run._step = interrupted  # type: ignore[method-assign]
+
+
+def full_disk(rank: int) -> None:
+    """Rank 1 cannot write its parts of the checkpoint of step 8."""
+    write = sharded_checkpoint.write
+
+    def limited(place: Path, tensors: Any, ranks: Any) -> Any:
+        if rank == 1 and place.name == "step-000008.partial":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        return write(place, tensors, ranks)
+
+    sharded_checkpoint.write = limited
+
+
 HOOKS = {
     hook.__name__: hook
     for hook in (
@@ -167,6 +214,10 @@ HOOKS = {
         failing_source,
         failing_pass,
         count_gathers,
+        deferred,
+        deferred_nan,
+        deferred_interrupt,
+        full_disk,
     )
 }
 
