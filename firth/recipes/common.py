@@ -4,7 +4,7 @@
     firth train electra:published    the paper's own size
 
 Most tiny recipes share one text, one kind of tokenizer and one model size (four layers of width 192), so that two of them differ by what
-their papers changed; each takes about two minutes on two cores. T5, BERT and ELECTRA are narrower
+their papers changed; each takes about two minutes on two cores. T5 and ELECTRA are narrower
 (`NARROW_HIDDEN_SIZE`). Published sizes have no data: set data.path=FILES.
 """
 
@@ -29,7 +29,7 @@ MLM_PROBABILITY = 0.3
 profit from more than 15% too (Wettig 2023)."""
 
 NARROW_VOCAB_SIZE, NARROW_HIDDEN_SIZE, NARROW_HEADS = 2048, 128, 8
-"""The size of the tiny T5, BERT and ELECTRA. Models that fill gaps stay at word frequencies for their first one to two million tokens.
+"""The size of the tiny T5 and ELECTRA. Models that fill gaps stay at word frequencies for their first one to two million tokens.
 These are narrow, so that they read more tokens in the same time, and have heads of 16 (docs/results/tiny-recipes.md)."""
 
 DATA = DataConfig(corpus="shakespeare")
@@ -56,11 +56,10 @@ def tiny_recipe(
     batch: BatchConfig,
     optimizer: OptimizerConfig | None = None,
     samples: tuple[str, ...] = (),
-    corpus: str = "shakespeare",
 ) -> Recipe:
-    """Return a recipe of the tiny size: a corpus of the catalog, byte-level subwords, a warmup-stable-decay schedule."""
+    """Return a recipe of the tiny size: Shakespeare's plays, byte-level subwords, a warmup-stable-decay schedule."""
     return Recipe(
-        name=name, objective=objective, examples=examples, data=DataConfig(corpus=corpus),
+        name=name, objective=objective, examples=examples, data=DATA,
         tokenizer=TokenizerConfig(vocab_size=config.vocab_size), model=config, batch=batch,
         optimizer=optimizer or OptimizerConfig(), schedule=Schedule("wsd"), budget=Budget(max_steps=steps),
         evaluation=EvalConfig(every=steps // 4, max_examples=256), checkpoint=CheckpointConfig(every=steps // 4), sample_prompts=samples,

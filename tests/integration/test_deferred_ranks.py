@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,9 +83,10 @@ def test_nan_on_one_rank_skips_the_step_on_all(runs: tuple[Path, dict[str, Any]]
 def test_a_stopped_run_resumes_on_one_process(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, ends = runs
     assert all(ends["stopped"]["codes"])
-    assert "stopped at step 6 and saved" in printed(folder, "stopped")
+    stopped = re.search(r"stopped at step ([67]) and saved", printed(folder, "stopped"))  # by when the signal arrives
+    assert stopped, printed(folder, "stopped")
     assert ends["stopped, then one"]["codes"] == [0], printed(folder, "stopped, then one")
-    assert "resuming from step-000006" in printed(folder, "stopped, then one")
+    assert f"resuming from step-00000{stopped[1]}" in printed(folder, "stopped, then one")
     check_equal(folder, "stopped")
 
 
