@@ -7,7 +7,7 @@
 t5        nats per dropped token that is no sentinel, below the frequencies of such tokens; the same for the first token of each
           span, for which the decoder has nothing but the encoder; and what `firth fill` writes
 bert      accuracy of NSP, and of ALBERT's SOP, on all held-out pairs that are split between two sentences (and with any split;
-albert    and unmasked); the masked loss below the frequencies of tokens
+albert    and unmasked; and unmasked with the first segment of another pair); the masked loss below the frequencies of tokens
 electra   area under the ROC curve of the detector on all held-out tokens
 
 ELMo's tags are in `bench.learning.recurrent`.
@@ -45,7 +45,7 @@ from firth.runs.run import RunResult, run
 from firth.tokenizer.tokenizer import Tokenizer
 from firth.training.distributed import Ranks
 from firth.training.step import validate
-from firth.types import IGNORE, Batch, Outputs
+from firth.types import IGNORE, Batch, Example, Outputs
 
 RESULTS = Path("runs/learn_tiny")
 SEEDS = (0, 1, 2)
@@ -168,11 +168,32 @@ def pairs(name: str) -> Callable[[int], dict[str, Any]]:
         scores = {
             "accuracy": accuracy_of(split.measure()), "any split": accuracy_of(found),
             "unmasked": accuracy_of(replace(split, recipe=pair_task).measure()),
+            "alone": accuracy_of(
+                replace(split, recipe=pair_task, held_out=OtherFirst(trained.held_out, between)).measure()
+            ),
             "pairs": len(between), "pairs with any split": len(trained.held_out), "loss": found["loss"],
         }  # fmt: skip
         return timed(done) | below_frequencies(trained) | scores
 
     return study
+
+
+class OtherFirst(SubsetSource):
+    """Pairs whose first segment is that of the next pair of a shuffled order.
+
+    A model that compares the segments cannot exceed an accuracy of 0.5 on them. One that does has found what tells a second segment
+    by itself: a fault of the pairs.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        super().__init__(source, indices)
+        order = np.random.default_rng(0).permutation(len(indices))
+        self.other = np.empty(len(indices), np.int64)
+        self.other[order] = np.roll(order, 1)
+
+    def __getitem__(self, index: int) -> Example:
+        first = super().__getitem__(int(self.other[index]))["first"]
+        return {**super().__getitem__(index), "first": first}
 
 
 def whole_sentences(trained: Trained) -> np.ndarray:
@@ -205,8 +226,8 @@ STUDIES: dict[str, Callable[[int], dict[str, Any]]] = {
 
 COLUMNS = {
     "t5": ("gap", "first_gap", "nats", "frequency_nats", "right", "loss"),
-    "bert": ("accuracy", "any split", "unmasked", "gap", "nats"),
-    "albert": ("accuracy", "any split", "unmasked", "gap", "nats"),
+    "bert": ("accuracy", "any split", "unmasked", "alone", "gap", "nats"),
+    "albert": ("accuracy", "any split", "unmasked", "alone", "gap", "nats"),
     "electra": ("auc", "loss/generator", "guessed", "replaced_share", "replaced_accuracy", "original_accuracy"),
 }
 """Study -> the scores of its table."""
